@@ -1,0 +1,49 @@
+"""The list of our merge methods: one entry a method, strings only, nothing imported.
+
+A new method is one file in methods/ and one entry here; a test holds the entries against the
+entry points of pyproject.toml and the table in the README.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ALIAS_PREFIX = "mku_"
+"""`mku_NAME` always means our method NAME, whatever a later mergekit calls its own."""
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One method: where it lives, what it is and where it comes from."""
+
+    name: str
+    target: str  # "module:object", imported on first use
+    level: Literal["tensor", "model"]  # a kernel called once per tensor, or one call per merge
+    summary: str
+    paper: str
+    url: str
+
+
+CATALOG: dict[str, CatalogEntry] = {
+    entry.name: entry
+    for entry in (
+        CatalogEntry(
+            name="layerwise",
+            target="mergekit_unconstrained.methods.layerwise:layerwise",
+            level="tensor",
+            summary=(
+                "weights and densities for every layer and kind of tensor of every expert, "
+                "combined by one of eight operators"
+            ),
+            paper="Unconstrained Model Merging for Enhanced LLM Reasoning, section on "
+            "fine-grained layer-wise merging (arXiv 2410.13699)",
+            url="https://arxiv.org/abs/2410.13699",
+        ),
+    )
+}
+
+
+def entry_for(method_name: str) -> CatalogEntry | None:
+    """The entry a recipe's `merge_method` names (plain or with the alias prefix), else None."""
+    return CATALOG.get(method_name.removeprefix(ALIAS_PREFIX))

@@ -1,0 +1,92 @@
+"""A YAML text whose every value knows its line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from mergekit_unconstrained.errors import RecipeError
+
+Place = tuple[str | int, ...]
+"""The way to a value: ("models", 1, "parameters", "weight")."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Parsed YAML (or JSON, which is YAML) with the line and span of every value.
+
+    name: what messages call it. text: None when only the parsed data survived, as in the front ends
+    that parse recipes themselves; messages then name the place without a line.
+    """
+
+    name: str
+    data: Any
+    text: str | None = None
+    lines: dict[Place, int] = field(default_factory=dict)
+    spans: dict[Place, tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Document:
+        """Read one YAML document; RecipeError with the line for bad syntax and repeated keys."""
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            data = yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            line = f"{name}:{mark.line + 1}" if mark else name
+            raise RecipeError(f"{line}: this is not YAML: {error.problem}") from None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{name}: this is not YAML: {error}") from None
+        document = cls(name=name, data=data, text=text)
+        if node is not None:
+            document._walk(node, ())
+        return document
+
+    @classmethod
+    def read(cls, path: str | Path, what: str = "recipe") -> Document:
+        """Read a YAML file; RecipeError when it is not there or not text."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RecipeError(
+                f"{what} {str(path)!r} does not exist (paths are relative to the current directory)"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{what} {str(path)!r} cannot be read: {error}") from None
+        return cls.parse(text, str(path))
+
+    def _walk(self, node: yaml.Node, place: Place) -> None:
+        self.lines[place] = node.start_mark.line + 1
+        self.spans[place] = (node.start_mark.index, node.end_mark.index)
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str | int, int] = {}
+            for key, value in node.value:
+                word = int(key.value) if key.tag.endswith(":int") else key.value
+                line = key.start_mark.line + 1
+                if word in seen:
+                    self.fail((*place, word), f"appears twice (first on line {seen[word]})", line)
+                seen[word] = line
+                self._walk(value, (*place, word))
+                self.lines[(*place, word)] = line
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                self._walk(value, (*place, index))
+
+    def where(self, place: Place, line: int | None = None) -> str:
+        """`recipe.yml:7: models[1].parameters.weight`, as exactly as can be said."""
+        path = ""
+        for part in place:
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        known = line or next(
+            (self.lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in self.lines),
+            None,
+        )
+        file = f"{self.name}:{known}" if known else self.name
+        return f"{file}: {path}" if path else file
+
+    def fail(self, place: Place, message: str, line: int | None = None) -> NoReturn:
+        """Raise the one error for a place."""
+        raise RecipeError(f"{self.where(place, line)}: {message}")

@@ -1,0 +1,99 @@
+"""What the kernels of our methods know about the merge they run in, and how they hand back.
+
+mergekit gives a kernel one tensor's inputs and the output tensor's name. The layer and kind of that
+tensor, and the job options, come from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mergekit_unconstrained.compat import ModelArchitecture, TensorGroup, TensorMetadata, WeightInfo
+from mergekit_unconstrained.errors import NonFiniteError
+from mergekit_unconstrained.numerics.roles import Role, role_from_name
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeContext:
+    """The facts of the running merge.
+
+    roles: output tensor name -> role; empty outside a job, where names are read by convention.
+    allow_nan: whether NaN and infinity are let through.
+    """
+
+    roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
+    allow_nan: bool = False
+
+
+_context = MergeContext()
+
+
+@contextmanager
+def using(context: MergeContext) -> Iterator[None]:
+    """Set the context for one merge: for the whole process, since executors may use threads."""
+    global _context
+    previous, _context = _context, context
+    try:
+        yield
+    finally:
+        _context = previous
+
+
+def role_of(metadata: TensorMetadata) -> Role:
+    """The role of the tensor a kernel is asked for."""
+    name = metadata.name or ""
+    return _context.roles.get(name) or role_from_name(name, metadata.vocabulary_axis)
+
+
+def tensor_roles(architecture: ModelArchitecture, config: Any) -> dict[str, Role]:
+    """The role of every tensor of a model, from the architecture's own division into layers.
+
+    config: of the output model, whose layer indices these are.
+    """
+    roles: dict[str, Role] = {}
+    for module in architecture.modules.values():
+        prefix = module.weight_prefix or ""
+        arch = module.architecture
+        depth = arch.num_layers(config)
+        positions: list[tuple[int | None, list[WeightInfo]]] = [
+            (None, arch.pre_weights(config)),
+            *((layer, arch.layer_weights(layer, config) or []) for layer in range(depth)),
+            (None, arch.post_weights(config)),
+        ]
+        for layer, weights in positions:
+            for weight in weights:
+                role = role_from_name(weight.name, weight.vocabulary_axis, layer is not None)
+                role = dataclasses.replace(role, layer=layer, depth=depth)
+                for name in (weight.name, *(weight.aliases or ())):
+                    roles[prefix + name] = role
+    return roles
+
+
+def finish(group: TensorGroup, result: torch.Tensor) -> torch.Tensor:
+    """Check a merged tensor for NaN and infinity, and say which parent they came from.
+
+    Every operator multiplies rather than selects, so a bad entry of any input reaches the result;
+    one sum over the result is enough to see it.
+    """
+    if _context.allow_nan or not result.is_floating_point() or bool(torch.isfinite(result.sum())):
+        return result
+    name = group.metadata.name or "an unnamed tensor"
+    remedy = "mend or replace that model, or set `allow_nan: true` in the recipe's parameters"
+    for entry in group.entries:
+        bad = int((~torch.isfinite(entry.tensor)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{name} of {entry.id} holds NaN or infinity in {bad:,} of "
+                f"{entry.tensor.numel():,} entries; {remedy}"
+            )
+    if not bool(torch.isfinite(result).all()):
+        raise NonFiniteError(
+            f"{name} overflows {str(result.dtype).removeprefix('torch.')} although every parent is "
+            "finite: the coefficients are too large, or set `dtype: float32` in the recipe"
+        )
+    return result

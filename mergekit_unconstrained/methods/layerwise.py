@@ -1,0 +1,107 @@
+"""Layer-wise merging of same-architecture experts.
+
+Reference: Zhang et al., "Unconstrained Model Merging for Enhanced LLM Reasoning",
+https://arxiv.org/abs/2410.13699, the part on models of the same architecture: TIES and task
+arithmetic with coefficients of their own for every layer.
+
+    T*[l, k] = T0[l, k] + lambda * D( {w_i[l, k], rho_i[l, k], T_i[l, k] - T0[l, k]}_i )      (1)
+
+for layer l and kind of tensor k; D is the operator (numerics/operators.py, Eqs. 2-9). The paper
+names CMA-ES for finding the coefficients, and TIES and task arithmetic as operators. The kinds of
+tensor, the table's format and the other operators are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from mergekit_unconstrained.catalog import CATALOG
+from mergekit_unconstrained.compat import (
+    BasePolicy,
+    InputContract,
+    OptionalTensorPolicy,
+    PerNonBase,
+    TensorGroup,
+    merge_method,
+)
+from mergekit_unconstrained.config.table import load_table
+from mergekit_unconstrained.engine.context import finish, role_of
+from mergekit_unconstrained.errors import RecipeError
+from mergekit_unconstrained.numerics.operators import Expert, OperatorName, Settings, merge
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+RescaleSetting = Annotated[
+    Literal["auto", "none", "inverse", "l1"],
+    # mergekit's own spelling of the same switch.
+    BeforeValidator(lambda v: {True: "l1", False: "none"}[v] if isinstance(v, bool) else v),
+]
+NormalizeSetting = Annotated[
+    Literal["auto", "true", "false"],
+    BeforeValidator(lambda v: str(v).lower() if isinstance(v, bool) else v),
+]
+
+
+@merge_method(
+    name="layerwise",
+    pretty_name="Layer-wise merging",
+    reference_url=CATALOG["layerwise"].url,
+    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
+)
+def layerwise(
+    group: TensorGroup,  # one output tensor: base and experts, any equal shape
+    weight: PerNonBase[Finite | None] = None,  # w_i, unless the table gives it
+    density: PerNonBase[Fraction] = 1.0,  # rho_i, unless the table gives it
+    gamma: PerNonBase[Fraction] = 0.01,  # breadcrumbs: fraction of outliers dropped
+    epsilon: PerNonBase[Fraction] = 0.15,  # della: half-width of the keeping probability
+    operator: OperatorName = "task_arithmetic",  # D
+    coefficients: str = "",  # path of a coefficient table
+    rescale: RescaleSetting = "auto",  # of what is kept; auto: as upstream's method does
+    normalize: NormalizeSetting = "auto",  # divide by the weights; auto: as upstream's method
+    select_topk: Fraction = 1.0,  # sce: fraction of entries selected by variance
+    lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
+    scope: Literal["tensor"] = "tensor",  # thresholds per tensor; `model` comes with the engine
+    seed: int = 0,  # of the random masks
+    precision: Literal["float32", "float64"] = "float32",  # of the arithmetic
+) -> torch.Tensor:
+    """Eq. (1) for one tensor. Returns the base's shape and dtype."""
+    if group.base is None or not group.non_base:
+        return group.tensors[0]
+    name = group.metadata.name or ""
+    table = load_table(coefficients) if coefficients else None
+    role = role_of(group.metadata)
+    experts = []
+    for entry in group.non_base:
+        model = str(entry.id)
+        cell = table.lookup(model, role) if table else None
+        w = weight[entry.id] if cell is None or cell.weight is None else cell.weight
+        if w is None:
+            raise RecipeError(
+                f"no weight for {model} in {name or 'an unnamed tensor'}: set `weight` for the "
+                "model, or give it a `default` in the coefficient table"
+            )
+        experts.append(
+            Expert(
+                tensor=entry.tensor,
+                weight=w,
+                density=density[entry.id] if cell is None or cell.density is None else cell.density,
+                gamma=gamma[entry.id],
+                epsilon=epsilon[entry.id],
+                model=model,
+            )
+        )
+    settings = Settings(
+        operator=operator,
+        lambda_=lambda_,
+        normalize=None if normalize == "auto" else normalize == "true",
+        rescale=None if rescale == "auto" else rescale,
+        select_topk=select_topk,
+        seed=seed,
+        name=name,
+        dtype=getattr(torch, precision),
+    )
+    return finish(group, merge(group.base.tensor, experts, settings))
