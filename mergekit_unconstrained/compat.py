@@ -8,9 +8,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
+import logging
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import click
+import torch
 
 with warnings.catch_warnings():
     # torch 2.13 deprecates a decorator that some of mergekit's dependencies still use.
@@ -50,7 +57,8 @@ with warnings.catch_warnings():
         TensorMetadata,
     )
     from mergekit.merge_methods.easy_define import merge_method as _merge_method
-    from mergekit.options import MergeOptions, add_merge_options
+    from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+    from mergekit.tokenizer.config import TokenizerConfig
 
 __all__ = [
     "BasePolicy",
@@ -75,23 +83,31 @@ __all__ = [
     "PerInput",
     "PerInputValues",
     "PerNonBase",
+    "PlannedTask",
     "ShardedTensorIndex",
     "TensorEntry",
     "TensorGroup",
     "TensorMetadata",
+    "TokenizerConfig",
     "WeightInfo",
-    "add_merge_options",
-    "architecture_of",
     "can_convert",
     "dtype_from_name",
+    "forget_loaders",
     "get",
     "get_architecture_info",
     "is_ours",
+    "merge_adapter",
     "merge_method",
     "mergekit_version",
+    "output_config",
+    "parse_options",
+    "plan_tasks",
     "register",
     "registered",
     "renamed",
+    "run_merge",
+    "stored_name",
+    "tensor_loader",
 ]
 
 
@@ -161,14 +177,163 @@ def mergekit_version() -> str:
     return importlib.metadata.version("mergekit")
 
 
+# -- options --------------------------------------------------------------------------------------
+
+
+def parse_options(arguments: list[str], usage: str) -> MergeOptions:
+    """MergeOptions from mergekit-yaml's command-line options; `--help` prints them and exits."""
+
+    @click.command(usage, cls=PrettyPrintHelp)
+    @add_merge_options
+    def options(merge_options: MergeOptions) -> MergeOptions:
+        return merge_options
+
+    parsed = options.main(arguments, standalone_mode=False)
+    if not isinstance(parsed, MergeOptions):  # --help returns an exit status
+        raise click.exceptions.Exit(int(parsed or 0))
+    parsed.apply_global_options()
+    return parsed
+
+
+def run_merge(
+    config: MergeConfiguration, out: str, options: MergeOptions, source: str | None = None
+) -> None:
+    """mergekit's own run_merge, without what the hook puts in front of it."""
+    from mergekit import merge
+
+    getattr(merge.run_merge, "__wrapped__", merge.run_merge)(config, out, options, source)
+
+
 # -- architectures --------------------------------------------------------------------------------
 
 
-def architecture_of(config: Any) -> ModelArchitecture | None:
-    """mergekit's definition of a model's architecture, None when it has none by that name."""
-    return arch_info_for_config(config)
+def stored_name(weight: WeightInfo, available: Container[str]) -> str | None:
+    """The name under which a checkpoint holds a weight: its own, an alias, or a tied one."""
+    names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+    return next((n for n in names if n in available), None)
 
 
-def can_convert(model_type: str, available: Mapping[str, Any], target: str) -> bool:
-    """Whether mergekit can assemble `target` (a fused expert tensor) from a checkpoint's keys."""
-    return bool(can_convert_checkpoint_keys(model_type, list(available), target))
+def can_convert(model_type: str, available: Iterable[str], weight: WeightInfo) -> bool:
+    """Whether mergekit can assemble a weight (fused MoE experts) from a checkpoint's keys."""
+    keys = list(available)
+    targets = (weight.name, *(weight.aliases or ()))
+    return any(can_convert_checkpoint_keys(model_type, keys, target) for target in targets)
+
+
+def output_config(
+    config: MergeConfiguration, architecture: ModelArchitecture, trust_remote_code: bool
+) -> Any:
+    """The config of the model that a recipe makes, as mergekit will write it."""
+    from mergekit.merge import _model_out_config
+
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # mergekit sets `torch_dtype`, which transformers calls outdated
+    try:
+        return _model_out_config(config, architecture, trust_remote_code=trust_remote_code)
+    finally:
+        log.setLevel(level)
+
+
+# -- the planner ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTask:
+    """What mergekit's planner decided for one output tensor.
+
+    inputs and input_parameters are keyed by the model as the recipe writes it.
+    """
+
+    output: WeightInfo
+    inputs: Mapping[str, WeightInfo]
+    parameters: Mapping[str, Any]
+    input_parameters: Mapping[str, Mapping[str, Any]]
+
+
+def plan_tasks(
+    config: MergeConfiguration,
+    architecture: ModelArchitecture,
+    options: MergeOptions,
+    out_config: Any,
+    headers: Mapping[ModelReference, Iterable[str]],
+) -> list[PlannedTask]:
+    """Run mergekit's planner on a copy of a recipe, on tensor names alone.
+
+    headers: the stored tensor names of each model; where they are given, nothing is opened.
+    """
+    from mergekit.plan import MergePlanner
+
+    stand_ins = {
+        reference: SimpleNamespace(
+            index=SimpleNamespace(tensor_paths=dict.fromkeys(names, "")), flush=lambda: None
+        )
+        for reference, names in headers.items()
+    }
+    loaders = LoaderCache.loaders
+    LoaderCache.loaders = {**loaders, **stand_ins}
+    try:
+        planner = MergePlanner(config.model_copy(deep=True), architecture, options, out_config)
+        # Not plan_in_memory: in 0.1.5 pydantic cannot build its ReturnTensor tasks.
+        tasks = planner.plan_to_disk(out_path="")
+    finally:
+        LoaderCache.loaders = loaders
+    return [_planned(task.tensor_task) for task in tasks if hasattr(task, "tensor_task")]
+
+
+def _planned(merge: Any) -> PlannedTask:
+    gather = getattr(merge.gather_tensors, "gather_tensors", merge.gather_tensors)
+    return PlannedTask(
+        output=merge.output_weight,
+        inputs={str(model): info for model, info in gather.weight_info.items()},
+        parameters=dict(merge.parameters.items()),
+        input_parameters={
+            str(model): dict(values.items()) for model, values in merge.input_parameters.items()
+        },
+    )
+
+
+def tensor_loader(options: MergeOptions) -> Callable[[str, str], torch.Tensor | None]:
+    """A function (model as in a recipe, output tensor name) -> tensor, through the lazy loader.
+
+    None where the model has no such tensor. Adapters must have been applied into
+    options.lora_merge_cache.
+    """
+    cache = LoaderCache()
+    cache.setup(options)
+
+    def load(model: str, name: str) -> torch.Tensor | None:
+        reference = ModelReference.parse(model)
+        loader = cache.get(reference)
+        config = reference.config(trust_remote_code=options.trust_remote_code)
+        architecture = arch_info_for_config(config)
+        weights = architecture.all_weights(config) if architecture is not None else []
+        weight = next((w for w in weights if w.name == name), None)
+        stored = stored_name(weight, loader.index.tensor_paths) if weight is not None else None
+        return loader.get_tensor(stored or name, raise_on_missing=False)
+
+    return load
+
+
+def forget_loaders() -> None:
+    """Close mergekit's cached files: it never notices that a folder was rewritten."""
+    LoaderCache.loaders.clear()
+
+
+def merge_adapter(reference: ModelReference, cache: Path, options: MergeOptions) -> Path:
+    """Apply a PEFT adapter to its model, once; the folder appears under its name when complete.
+
+    mergekit itself writes into the final folder, and takes a half-written one for finished.
+    """
+    assert reference.lora is not None
+    name = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
+    target = cache / name
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
+            reference.merged(
+                cache_dir=partial,
+                trust_remote_code=options.trust_remote_code,
+                lora_merge_dtype=options.lora_merge_dtype,
+            )
+            (Path(partial) / name).rename(target)
+    return target

@@ -1,7 +1,8 @@
-"""Files shipped beside the code: demo recipes with their adapters, card templates."""
+"""Files shipped beside the code, and the folder for what is fetched or made once."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -22,3 +23,12 @@ def resource(relative: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{relative} is not part of this installation (looked in {root})")
     return path
+
+
+def cache_dir() -> Path:
+    """Where fetched models and merged adapters are kept.
+
+    $MERGEKIT_UNCONSTRAINED_CACHE, else ~/.cache/mergekit-unconstrained.
+    """
+    chosen = os.environ.get("MERGEKIT_UNCONSTRAINED_CACHE") or "~/.cache/mergekit-unconstrained"
+    return Path(chosen).expanduser()

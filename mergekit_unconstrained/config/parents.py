@@ -1,0 +1,197 @@
+"""What can be known of a parent model before a weight is read: its config and tensor headers."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_unconstrained.compat import ModelReference
+from mergekit_unconstrained.errors import ModelError
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Shape and safetensors dtype name ("BF16") of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Parent:
+    """One model of a recipe.
+
+    tensors: headers by stored name, None when the weights are pickles (nothing is unpickled to
+    look). folder: where it lies locally, None when it is still on the Hub. commit: the resolved
+    commit of a Hub model that is in the local cache.
+    """
+
+    reference: ModelReference
+    config: Any
+    tensors: Mapping[str, TensorHeader] | None
+    folder: Path | None
+    weight_files: tuple[Path, ...] = ()
+    adapter_files: tuple[Path, ...] = ()
+    commit: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The model as the recipe writes it."""
+        return str(self.reference)
+
+
+def read_parent(reference: ModelReference, *, trust_remote_code: bool = False) -> Parent:
+    """Config and headers of a model; of an adapter's base when the reference carries an adapter."""
+    plain = ModelReference(
+        model=reference.model, override_architecture=reference.override_architecture
+    )
+    try:
+        config = plain.config(trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _unreadable(plain, error) from error
+    folder = _local_folder(plain)
+    adapter = _adapter_files(reference)
+    if folder is None:
+        return Parent(reference, config, _hub_headers(plain), None, adapter_files=adapter)
+    files = tuple(weight_files(folder))
+    if not files:
+        raise ModelError(
+            f"{plain} has no weights: there is no *.safetensors or *.bin in its folder"
+        )
+    tensors: dict[str, TensorHeader] | None = None
+    if all(f.suffix == ".safetensors" for f in files):
+        tensors = {}
+        for file in files:
+            tensors.update(read_header(file, str(plain)))
+    return Parent(reference, config, tensors, folder, files, adapter, _commit(folder))
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
+    """The files mergekit will read from a folder, in its order of preference."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{index.name} of {folder.name} is damaged: {error}") from None
+            for shard in shards:
+                if not (folder / shard).exists():
+                    raise ModelError(
+                        f"{folder.name} is incomplete: {shard} is named in {index.name} but missing"
+                    )
+                yield folder / shard
+            return
+        if (folder / stem).exists():
+            yield folder / stem
+            return
+
+
+def read_header(file: Path, model: str) -> dict[str, TensorHeader]:
+    """The header of a safetensors file; ModelError when it is damaged or cut short."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
+        tensors = {n: TensorHeader(tuple(t["shape"]), t["dtype"]) for n, t in header.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{file.name} of {model} is not a safetensors file: {error}; fetch it again"
+        ) from None
+    if 8 + length + end != size:
+        missing = 8 + length + end - size
+        what = f"is cut short by {missing:,} bytes" if missing > 0 else "has bytes too many"
+        raise ModelError(f"{file.name} of {model} {what}; fetch it again")
+    return tensors
+
+
+def _local_folder(reference: ModelReference) -> Path | None:
+    path = Path(reference.model.path)
+    if path.is_dir():
+        return path
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                reference.model.path, revision=reference.model.revision, local_files_only=True
+            )
+        )
+    except Exception:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _hub_headers(reference: ModelReference) -> dict[str, TensorHeader] | None:
+    import huggingface_hub
+
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(
+            reference.model.path, revision=reference.model.revision
+        )
+    except huggingface_hub.errors.NotASafetensorsRepoError:
+        return None
+    except Exception as error:
+        raise _unreadable(reference, error) from error
+    return {
+        name: TensorHeader(tuple(info.shape), info.dtype)
+        for file in metadata.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+
+
+def _adapter_files(reference: ModelReference) -> tuple[Path, ...]:
+    """The weights of a local adapter; ModelError when its folder is not one."""
+    if reference.lora is None:
+        return ()
+    path = Path(reference.lora.path)
+    if not path.is_dir():
+        if _looks_local(reference.lora.path):
+            raise ModelError(f"the adapter folder {reference.lora} does not exist")
+        return ()
+    if not (path / "adapter_config.json").exists():
+        raise ModelError(f"{reference.lora} is not a PEFT adapter: it has no adapter_config.json")
+    files = tuple(sorted(path.glob("adapter_model.*")))
+    if not files:
+        raise ModelError(f"the adapter {reference.lora} has no weights (adapter_model.safetensors)")
+    for file in files:
+        if file.suffix == ".safetensors":
+            read_header(file, str(reference.lora))
+    return files
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or "\\" in path
+
+
+def _unreadable(reference: ModelReference, error: Exception) -> ModelError:
+    path = Path(reference.model.path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            return ModelError(f"{reference} is not a model folder: it has no config.json")
+        return ModelError(f"the config.json of {reference} cannot be read: {_first_line(error)}")
+    if _looks_local(reference.model.path):
+        return ModelError(
+            f"the model folder {reference} does not exist (paths are relative to the current "
+            "directory)"
+        )
+    return ModelError(
+        f"{reference} is neither a folder here nor a readable model on the Hub (mistyped? private "
+        f"or gated without a token? offline?): {_first_line(error)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,208 @@
+"""Strict reading of recipes that name one of our methods.
+
+mergekit ignores keys and parameters it does not know. Here every word of a recipe is held against
+mergekit's own models of a recipe and the method's own specification, so there is no list to keep;
+what needs the parents themselves is checked in engine/plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError
+
+from mergekit_unconstrained import compat
+from mergekit_unconstrained.compat import MergeMethod, ParameterScope, ParameterSpec
+from mergekit_unconstrained.config.document import Document, Place
+from mergekit_unconstrained.config.words import suggest
+
+
+class JobOptions(BaseModel):
+    """What a recipe's top-level `parameters` may say to the job itself, for all our methods."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allow_nan: StrictBool = False
+    """Let NaN and infinity in the parents' weights through instead of stopping."""
+    dry_run: StrictBool = False
+    """Check everything, print the plan and stop before any weight is read."""
+
+
+def check_recipe(document: Document, method: MergeMethod) -> JobOptions:
+    """Check every key and value of a recipe; the first wrong one raises RecipeError.
+
+    A document without text comes from a front end that parsed the recipe itself: then settings that
+    such front ends add of their own accord (`normalize`, a weight for the base) are let pass.
+    """
+    return _Checker(document, method).recipe()
+
+
+class _Checker:
+    def __init__(self, document: Document, method: MergeMethod) -> None:
+        self.document = document
+        self.method = method
+        self.lenient = document.text is None
+        self.specs = {p.name: p for p in method.spec.parameters}
+        self.base = (document.data or {}).get("base_model") if self._is_map(document.data) else None
+
+    def recipe(self) -> JobOptions:
+        data = self.document.data
+        if not self._is_map(data):
+            self.document.fail((), "a recipe is a mapping with `merge_method` and `models`")
+        self._keys((), data, compat.MergeConfiguration)
+        self._models((), data)
+        for index, definition in enumerate(self._list((), data, "slices")):
+            self._slice(("slices", index), definition)
+        modules = data.get("modules") or {}
+        for name, module in modules.items() if self._is_map(modules) else ():
+            place = ("modules", name)
+            self._keys(place, module, compat.OutputModuleDefinition)
+            self._models(place, module)
+            for index, definition in enumerate(self._list(place, module, "slices")):
+                self._slice((*place, "slices", index), definition)
+            self._parameters((*place, "parameters"), module.get("parameters"), self.specs)
+        if self._is_map(tokenizer := data.get("tokenizer")):
+            self._keys(("tokenizer",), tokenizer, compat.TokenizerConfig)
+        return self._job_options(data.get("parameters"))
+
+    # -- the parts of a recipe ---------------------------------------------------------------------
+
+    def _models(self, place: Place, data: Mapping[str, Any]) -> None:
+        for index, definition in enumerate(self._list(place, data, "models")):
+            here = (*place, "models", index)
+            self._keys(here, definition, compat.InputModelDefinition)
+            self._input(here, definition)
+
+    def _slice(self, place: Place, definition: Any) -> None:
+        self._keys(place, definition, compat.OutputSliceDefinition)
+        for index, source in enumerate(self._list(place, definition, "sources")):
+            here = (*place, "sources", index)
+            self._keys(here, source, compat.InputSliceDefinition)
+            self._input(here, source)
+        self._parameters((*place, "parameters"), definition.get("parameters"), self.specs)
+
+    def _input(self, place: Place, definition: Mapping[str, Any]) -> None:
+        """One model: its parameters are those that differ from model to model."""
+        if "model" not in definition:
+            self.document.fail(place, "names no `model`")
+        allowed = {n: p for n, p in self.specs.items() if p.scope != ParameterScope.SHARED}
+        parameters = definition.get("parameters")
+        if definition["model"] == self.base and not self.lenient and self._is_map(parameters):
+            allowed = {n: p for n, p in allowed.items() if p.scope == ParameterScope.INPUT}
+            for name in parameters:
+                if name in self.specs and name not in allowed:
+                    self.document.fail(
+                        (*place, "parameters", name),
+                        f"this model is the base, which takes no {name!r}; remove it",
+                    )
+        self._parameters((*place, "parameters"), parameters, allowed)
+
+    def _job_options(self, parameters: Any) -> JobOptions:
+        place: Place = ("parameters",)
+        if not self._is_map(parameters):
+            self._parameters(place, parameters, self.specs)
+            return JobOptions()
+        options = {k: v for k, v in parameters.items() if k in JobOptions.model_fields}
+        rest = {k: v for k, v in parameters.items() if k not in options}
+        if self.lenient:
+            rest = {k: v for k, v in rest.items() if k in self.specs or k != "normalize"}
+        self._parameters(place, rest, self.specs, also=tuple(JobOptions.model_fields))
+        try:
+            return JobOptions(**options)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = str(problem["loc"][0])
+            self.document.fail((*place, name), f"must be true or false, not {options[name]!r}")
+
+    # -- keys and values ---------------------------------------------------------------------------
+
+    def _keys(self, place: Place, data: Any, model: type[BaseModel]) -> None:
+        if not self._is_map(data):
+            self.document.fail(place, f"must be a mapping, not {data!r}")
+        for key in data:
+            if key not in model.model_fields:
+                self.document.fail(
+                    (*place, key), f"no such key. {suggest(key, model.model_fields)}"
+                )
+
+    def _parameters(
+        self,
+        place: Place,
+        data: Any,
+        allowed: Mapping[str, ParameterSpec],
+        also: tuple[str, ...] = (),
+    ) -> None:
+        if data is None:
+            return
+        if not self._is_map(data):
+            self.document.fail(place, f"must map parameters to values, not {data!r}")
+        for name, setting in data.items():
+            here = (*place, name)
+            if name not in allowed:
+                if name in self.specs or name in JobOptions.model_fields:
+                    self.document.fail(
+                        here,
+                        f"{name!r} concerns the whole merge: put it in the recipe's own "
+                        "`parameters`, not a model's or slice's",
+                    )
+                hint = suggest(name, (*allowed, *also))
+                self.document.fail(here, f"no such parameter of {self.method.spec.name!r}. {hint}")
+            self._setting(here, allowed[name], setting)
+
+    def _setting(self, place: Place, spec: ParameterSpec, setting: Any) -> None:
+        """A value, a gradient over the layers, or conditions by tensor name."""
+        if self._is_map(setting):
+            self._condition(place, spec, setting)
+        elif isinstance(setting, list):
+            if not setting:
+                self.document.fail(place, "is an empty list")
+            conditions = [self._is_map(e) for e in setting]
+            if any(conditions) and not all(conditions):
+                self.document.fail(place, "mixes plain values and `filter:` conditions")
+            for index, element in enumerate(setting):
+                here = (*place, index)
+                if self._is_map(element):
+                    self._condition(here, spec, element)
+                else:
+                    self._value(here, spec, element)
+        else:
+            self._value(place, spec, setting)
+
+    def _condition(self, place: Place, spec: ParameterSpec, condition: Mapping[str, Any]) -> None:
+        for key in condition:
+            if key not in ("filter", "value"):
+                self.document.fail(
+                    (*place, key), f"no such key. {suggest(key, ('filter', 'value'))}"
+                )
+        if "value" not in condition:
+            self.document.fail(place, "has a `filter` but no `value`")
+        value = condition["value"]
+        for index, element in enumerate(value if isinstance(value, list) else [value]):
+            here = (*place, "value", index) if isinstance(value, list) else (*place, "value")
+            self._value(here, spec, element)
+
+    def _value(self, place: Place, spec: ParameterSpec, value: Any) -> None:
+        if value is None:
+            self.document.fail(place, f"{spec.name!r} has no value")
+        try:
+            spec.validate(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            choices = [
+                e["ctx"]["expected"] for e in error.errors() if "expected" in e.get("ctx", {})
+            ]
+            if choices and isinstance(value, str):
+                words = [w.strip(" '") for w in choices[0].replace(" or ", ",").split(",")]
+                reason = f"{reason}. {suggest(value, words)}"
+            self.document.fail(place, f"{value!r} does not do for {spec.name!r}: {reason}")
+
+    def _list(self, place: Place, data: Mapping[str, Any], key: str) -> list[Any]:
+        value = data.get(key)
+        if value is not None and not isinstance(value, list):
+            self.document.fail((*place, key), f"must be a list, not {value!r}")
+        return value or []
+
+    @staticmethod
+    def _is_map(value: Any) -> bool:
+        return isinstance(value, Mapping)

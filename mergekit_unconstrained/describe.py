@@ -1,0 +1,172 @@
+"""What the package says of itself: its methods and the environment it runs in."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import typing
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from rich.markup import escape
+from rich.table import Table
+
+from mergekit_unconstrained import __version__, _activate
+from mergekit_unconstrained.catalog import ALIAS_PREFIX, CATALOG
+from mergekit_unconstrained.present import console, size
+from mergekit_unconstrained.resources import cache_dir
+
+EXTRAS = {
+    "demo": ("gguf", "reasoning_gym", "peft"),
+    "search": ("optuna", "cmaes"),
+    "eval": ("lm_eval",),
+    "space": ("gradio",),
+}
+"""One importable module for each package of an extra."""
+
+
+def print_methods() -> None:
+    """The catalogue with parameters and bounds."""
+    for entry in CATALOG.values():
+        console.print(f"[bold]{entry.name}[/] (also {ALIAS_PREFIX}{entry.name})", highlight=False)
+        console.print(f"  {escape(entry.summary)}", highlight=False)
+        console.print(f"  {escape(entry.paper)}", highlight=False)
+        console.print(_parameter_table(_method(entry.name)))
+
+
+def print_method(name: str) -> None:
+    """One method, ours or mergekit's."""
+    method = _method(name)
+    spec = method.spec
+    console.print(f"[bold]{spec.pretty_name or spec.name}[/]  {spec.reference_url or ''}")
+    implementation = getattr(method, "implementation", None) or type(method)
+    module = importlib.import_module(implementation.__module__)
+    if module.__doc__ and CATALOG.get(name):
+        console.print(escape(module.__doc__.strip()), highlight=False)
+    contract = spec.contract
+    console.print(f"base model: {contract.base.value}", highlight=False)
+    console.print(_parameter_table(method))
+    per_model = {"weight": 0.5} if any(p.name == "weight" for p in spec.parameters) else None
+    example = f"merge_method: {name}\nmodels:\n  - model: EXPERT\n"
+    if per_model:
+        example += "    parameters: {weight: 0.5}\n"
+    if contract.base.value != "forbidden":
+        example += "base_model: BASE\n"
+    console.print(escape(f"\nThe shortest recipe:\n\n{example}dtype: bfloat16"), highlight=False)
+
+
+def markdown_table() -> str:
+    """The method table of the README, which a test compares with it."""
+    lines = ["| method | what it does | parameters | from |", "|---|---|---|---|"]
+    for entry in CATALOG.values():
+        parameters = ", ".join(f"`{p.name}`" for p in _method(entry.name).spec.parameters)
+        paper = f"[{entry.paper}]({entry.url})"
+        lines.append(f"| `{entry.name}` | {entry.summary} | {parameters} | {paper} |")
+    return "\n".join(lines)
+
+
+def print_environment() -> None:
+    """Versions, hook, extras, device, disk."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("mergekit-unconstrained", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in ("mergekit", "torch", "transformers", "huggingface_hub", "safetensors", "peft"):
+        table.add_row(package, _version(package))
+    table.add_row("hook", _hook_state())
+    for extra, modules in EXTRAS.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        remedy = escape(
+            f'missing {", ".join(missing)}: pip install "mergekit-unconstrained[{extra}]"'
+        )
+        table.add_row(f"extra {extra}", remedy if missing else "installed")
+    table.add_row("device", _devices())
+    cache = cache_dir()
+    disk = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists()))
+    table.add_row("cache", f"{cache} ({size(disk.free)} free)")
+    table.add_row("here", f"{Path.cwd()} ({size(shutil.disk_usage(Path.cwd()).free)} free)")
+    console.print(table, highlight=False)
+
+
+def _hook_state() -> str:
+    if _activate.disabled():
+        return (
+            f"off ({_activate.OFF_SWITCH} is set); `mergekit-unconstrained yaml` works all the same"
+        )
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        return (
+            "off (TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set); `mergekit-unconstrained yaml` works all "
+            "the same"
+        )
+    installed = [
+        e for e in importlib.metadata.entry_points(group="torch.backends")
+        if e.value.startswith("mergekit_unconstrained.")
+    ]  # fmt: skip
+    if not installed:
+        return "not installed: this package is imported from a folder; pip install it"
+    import torch  # noqa: F401  (importing it is what installs the hook)
+
+    return (
+        "on: mergekit-yaml knows our methods" if _activate.is_active() else "installed, not active"
+    )
+
+
+def _devices() -> str:
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return (
+        ", ".join(names) or f"CPU only, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _method(name: str) -> Any:
+    _activate.install()
+    from mergekit_unconstrained import compat
+
+    return compat.get(name)
+
+
+def _parameter_table(method: Any) -> Table:
+    table = Table()
+    for heading in ("parameter", "for", "values", "default"):
+        table.add_column(heading)
+    scopes = {"shared": "the merge", "input": "every model", "non_base": "every expert"}
+    for parameter in method.spec.parameters:
+        default = "required" if parameter.required else f"{parameter.default!r}".strip("'") or '""'
+        if parameter.default is None:
+            default = "none"
+        values = escape(values_of(parameter.value_type))
+        table.add_row(parameter.name, scopes[parameter.scope.value], values, default)
+    return table
+
+
+def values_of(annotation: Any) -> str:
+    """A type and its bounds in words: `float, 0 to 1`; `a | b`."""
+    origin = get_origin(annotation)
+    if origin is typing.Literal:
+        return " | ".join(str(a) for a in get_args(annotation))
+    if origin is typing.Annotated:
+        base, *metadata = get_args(annotation)
+        low = high = None
+        for item in (i for m in metadata for i in (m, *getattr(m, "metadata", ()))):
+            low = getattr(item, "ge", low)
+            high = getattr(item, "le", high)
+        bounds = f", {low:g} to {high:g}" if low is not None and high is not None else ""
+        return values_of(base) + bounds
+    if origin is not None:  # a union
+        return " | ".join(values_of(a) for a in get_args(annotation) if a is not type(None))
+    return {"str": "text", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
+    )

@@ -1,0 +1,366 @@
+"""From a recipe to everything that will be done, before a weight is read.
+
+mergekit's own planner resolves gradients, filters, slices and defaults, so what is checked and
+shown here is what will be computed. It runs on headers alone: no download, no adapter merged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_unconstrained import compat
+from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
+from mergekit_unconstrained.config.agreement import HOW_TO_MERGE_VOCABULARIES, check_agreement
+from mergekit_unconstrained.config.document import Document, Place
+from mergekit_unconstrained.config.parents import Parent, TensorHeader, read_parent
+from mergekit_unconstrained.config.recipe import JobOptions, check_recipe
+from mergekit_unconstrained.config.table import Coefficients, Table, load_table
+from mergekit_unconstrained.config.words import suggest
+from mergekit_unconstrained.engine.context import tensor_roles
+from mergekit_unconstrained.errors import ModelError, RecipeError
+from mergekit_unconstrained.numerics.roles import Role, role_from_name
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    inputs: model -> the name under which its file holds the tensor (None: an optional tensor that
+    the model lacks). coefficients: expert -> resolved weight and density.
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...] | None
+    dtype: str
+    inputs: Mapping[str, str | None]
+    coefficients: Mapping[str, Coefficients] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Size in the output, 0 when the shape is not known."""
+        return math.prod(self.shape) * _BYTES.get(self.dtype, 4) if self.shape is not None else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe: what goes in and what comes out."""
+
+    document: Document
+    config: MergeConfiguration
+    method: MergeMethod
+    job: JobOptions
+    base: Parent
+    experts: tuple[Parent, ...]
+    tensors: tuple[PlannedTensor, ...]
+    table: Table | None = None
+    layers: int = 0
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Output tensor -> role."""
+        return {t.name: t.role for t in self.tensors}
+
+    @property
+    def coefficients(self) -> dict[str, dict[str, Coefficients]]:
+        """Expert -> output tensor -> resolved weight and density."""
+        return {
+            e.name: {
+                t.name: t.coefficients[e.name] for t in self.tensors if e.name in t.coefficients
+            }
+            for e in self.experts
+        }
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every weight file of every parent that lies here, adapters included."""
+        parents = (self.base, *self.experts)
+        return tuple(f for p in parents for f in (*p.weight_files, *p.adapter_files))
+
+    @property
+    def base_has_tokenizer(self) -> bool:
+        """Whether mergekit can copy a tokenizer; it prints a traceback when it tries in vain."""
+        folder = self.base.folder
+        return folder is None or any(folder.glob("token*")) or any(folder.glob("vocab*"))
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of weights that will be written."""
+        return sum(t.bytes for t in self.tensors)
+
+    @property
+    def in_bytes(self) -> int:
+        """Bytes of weights that will be read, all parents together."""
+        return sum(
+            math.prod(h.shape) * _BYTES.get(_DTYPES.get(h.dtype, ""), 4)
+            for parent in (self.base, *self.experts)
+            for h in (parent.tensors or {}).values()
+        )
+
+
+def make_plan(
+    document: Document, config: MergeConfiguration, method: MergeMethod, options: MergeOptions
+) -> Plan:
+    """Check a recipe against its parents and resolve every coefficient.
+
+    config is not changed. Raises RecipeError or ModelError with the one thing to mend.
+    """
+    job = check_recipe(document, method)
+    base_reference = config.base_model
+    if base_reference is None:
+        document.fail(
+            (), f"{method.spec.name!r} needs a `base_model`: the model that all experts come from"
+        )
+    references = sorted(set(config.referenced_models()) - {base_reference}, key=_order(document))
+    if not references:
+        document.fail((), "names no expert beside the base model")
+    base, *experts = [
+        read_parent(r, trust_remote_code=options.trust_remote_code)
+        for r in (base_reference, *references)
+    ]
+    tokenizer_given = bool(config.tokenizer or config.tokenizer_source)
+    if not options.allow_crimes:
+        for expert in experts:
+            check_agreement(base, expert, tokenizer_given=tokenizer_given)
+
+    architecture = compat.get_architecture_info(config, options)
+    parents = {p.name: p for p in (base, *experts)}
+    _check_layers(document, config, architecture, parents)
+    out_config = compat.output_config(config, architecture, options.trust_remote_code)
+    roles = tensor_roles(architecture, out_config)
+    try:
+        tasks = compat.plan_tasks(
+            config,
+            architecture,
+            options,
+            out_config,
+            {p.reference: p.tensors for p in parents.values() if p.tensors is not None},
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"{document.name}: {error}") from error
+    table = _table(document, tasks)
+    layers = max((r.layer + 1 for r in roles.values() if r.layer is not None), default=0)
+    tensors = tuple(
+        _tensor(task, roles, parents, table, config, base, tokenizer_given, options)
+        for task in tasks
+    )
+    plan = Plan(
+        document, config, method, job, base, tuple(experts), tensors, table, layers,
+        shared=dict(tasks[0].parameters.items()) if tasks else {},
+    )  # fmt: skip
+    _check_settings(plan)
+    if table is not None:
+        _check_table(plan, table)
+    _check_weights(plan)
+    return plan
+
+
+def _order(document: Document) -> Any:
+    """mergekit keeps models in a set; the recipe's own order is the order of the file."""
+    text = document.text or str(document.data)
+
+    def key(reference: compat.ModelReference) -> tuple[int, str]:
+        position = text.find(str(reference))
+        return (position if position >= 0 else len(text), str(reference))
+
+    return key
+
+
+# -- tensors --------------------------------------------------------------------------------------
+
+
+def _tensor(
+    task: compat.PlannedTask,
+    roles: Mapping[str, Role],
+    parents: Mapping[str, Parent],
+    table: Table | None,
+    config: MergeConfiguration,
+    base: Parent,
+    tokenizer_given: bool,
+    options: MergeOptions,
+) -> PlannedTensor:
+    weight = task.output
+    role = roles.get(weight.name) or role_from_name(weight.name, weight.vocabulary_axis)
+    inputs: dict[str, str | None] = {}
+    shapes: dict[str, TensorHeader] = {}
+    for model, info in task.inputs.items():
+        parent = parents[model]
+        if parent.tensors is None:
+            inputs[model] = info.name
+            continue
+        stored = compat.stored_name(info, parent.tensors)
+        if stored is None and not info.optional:
+            model_type = getattr(parent.config, "model_type", "")
+            if not compat.can_convert(model_type, parent.tensors, info):
+                raise ModelError(
+                    f"{model} has no tensor {info.name}, which its architecture needs: the "
+                    "checkpoint is incomplete"
+                )
+        inputs[model] = stored
+        if stored is not None:
+            shapes[model] = parent.tensors[stored]
+    flexible = (
+        weight.vocabulary_axis if tokenizer_given or options.unsafe_truncate_embeddings else None
+    )
+    first = shapes.get(base.name) or next(iter(shapes.values()), None)
+    for model, header in shapes.items():
+        if first is None or _cut(header.shape, flexible) == _cut(first.shape, flexible):
+            continue
+        hint = "these models cannot be merged tensor by tensor"
+        if weight.vocabulary_axis is not None and _cut(
+            header.shape, weight.vocabulary_axis
+        ) == _cut(first.shape, weight.vocabulary_axis):
+            hint = "the vocabularies differ: " + HOW_TO_MERGE_VOCABULARIES
+        raise ModelError(
+            f"{weight.name} is {list(header.shape)} in {model} but {list(first.shape)} in the base "
+            f"{base.name}: {hint}"
+        )
+    coefficients = {}
+    for model, values in task.input_parameters.items():
+        if model == base.name or model not in task.inputs:
+            continue
+        given = Coefficients(values.get("weight"), values.get("density"))
+        cell = table.lookup(model, role) if table is not None else Coefficients()
+        coefficients[model] = cell.over(given)
+    dtype = weight.force_dtype or config.out_dtype or config.dtype
+    dtype = dtype or (_DTYPES.get(first.dtype, "float32") if first is not None else "float32")
+    return PlannedTensor(
+        weight.name, role, first.shape if first is not None else None, dtype, inputs, coefficients
+    )
+
+
+def _cut(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    return shape if axis is None else tuple(s for i, s in enumerate(shape) if i != axis)
+
+
+# -- what needs the parents to be checked ---------------------------------------------------------
+
+
+def _check_layers(
+    document: Document,
+    config: MergeConfiguration,
+    architecture: compat.ModelArchitecture,
+    parents: Mapping[str, Parent],
+) -> None:
+    """Equal depth without slices; layer ranges inside the models with them."""
+    for name, module in architecture.modules.items():
+        depth = {m: module.architecture.num_layers(p.config) for m, p in parents.items()}
+        places: list[tuple[Place, Any]] = []
+        if config.slices:
+            places = [(("slices", i), s) for i, s in enumerate(config.slices)]
+        elif config.modules and name in config.modules and config.modules[name].slices:
+            places = [
+                (("modules", name, "slices", i), s)
+                for i, s in enumerate(config.modules[name].slices or [])
+            ]
+        for place, output_slice in places:
+            lengths = set()
+            for i, source in enumerate(output_slice.sources):
+                first, last = source.layer_range
+                lengths.add(last - first)
+                here = (*place, "sources", i, "layer_range")
+                known = depth[str(source.model)]
+                if not 0 <= first < last:
+                    document.fail(here, f"[{first}, {last}] holds no layer")
+                if last > known:
+                    document.fail(
+                        here, f"[{first}, {last}] goes beyond the {known} layers of {source.model}"
+                    )
+            if len(lengths) > 1:
+                document.fail((*place, "sources"), "the ranges of one slice must be equally long")
+        if not places and len(set(depth.values())) > 1:
+            told = ", ".join(f"{m} has {d}" for m, d in depth.items())
+            raise ModelError(f"the models differ in their number of layers: {told}")
+
+
+def _table(document: Document, tasks: list[compat.PlannedTask]) -> Table | None:
+    path = tasks[0].parameters.get("coefficients") if tasks else None
+    if not path:
+        return None
+    if any(t.parameters.get("coefficients") != path for t in tasks):
+        document.fail(("parameters", "coefficients"), "must be one file for the whole merge")
+    return load_table(str(path))
+
+
+def _check_table(plan: Plan, table: Table) -> None:
+    document = table.document
+    if table.layers != plan.layers:
+        document.fail(
+            ("layers",), f"this table is for {table.layers} layers, the output has {plan.layers}"
+        )
+    names = [e.name for e in plan.experts]
+    used = {table.key_for(name) for name in names}
+    for key in table.experts:
+        if key not in used:
+            document.fail(("experts", key), f"the recipe has no such expert. {suggest(key, names)}")
+    inner = {k for r in plan.roles.values() if r.layer is not None for k in r.keys}
+    outer = {k for r in plan.roles.values() if r.layer is None for k in r.keys}
+    for key, expert in table.experts.items():
+        for _, word in expert.inner:
+            if word not in inner:
+                document.fail(
+                    ("experts", key, "layers"),
+                    f"no layer of this model has tensors of kind {word!r}. {suggest(word, inner)}",
+                )
+        for word in expert.outer:
+            if word not in outer:
+                tied = " (its head is tied to the embedding)" if word == "head" else ""
+                document.fail(
+                    ("experts", key, word),
+                    f"this model has no tensor of kind {word!r} outside its layers{tied}",
+                )
+
+
+def _check_weights(plan: Plan) -> None:
+    if not any(p.name == "weight" for p in plan.method.spec.parameters):
+        return
+    for tensor in plan.tensors:
+        for model, cell in tensor.coefficients.items():
+            if cell.weight is None:
+                where = plan.document.where(("models",))
+                if plan.table is not None:
+                    where = plan.table.document.where(
+                        ("experts", plan.table.key_for(model) or model)
+                    )
+                raise RecipeError(
+                    f"{where}: no weight for {model} in {tensor.name}: set `weight` in the model's "
+                    "parameters, or a `default` in the coefficient table"
+                )
+
+
+def _check_settings(plan: Plan) -> None:
+    """Filters that match nothing and gradients with more points than layers."""
+    names = {n for t in plan.tensors for n in (t.name, *filter(None, t.inputs.values()))}
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+    for place, value in _walk(plan.document.data, ()):
+        if "parameters" not in place:
+            continue
+        if place[-1] == "filter" and value not in (None, "*"):
+            if not any(str(value) in name for name in names):
+                plan.document.fail(place, f"{value!r} matches no tensor. {suggest(value, parts)}")
+        elif (
+            isinstance(value, list)
+            and all(not isinstance(e, (dict, list)) for e in value)
+            and len(value) > max(plan.layers, 1)
+        ):
+            plan.document.fail(
+                place, f"a gradient of {len(value)} points over a model of {plan.layers} layers"
+            )
+
+
+def _walk(data: Any, place: Place) -> Iterator[tuple[Place, Any]]:
+    yield place, data
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _walk(value, (*place, key))
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            yield from _walk(value, (*place, index))

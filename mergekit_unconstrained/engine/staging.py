@@ -1,0 +1,110 @@
+"""The output folder: nothing carries its final name before it is complete.
+
+A run writes into OUT.partial and renames it at the end. OUT.partial holds a note of what is being
+made (`job.json`): the same job starts it afresh, another job leaves it alone and says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from mergekit_unconstrained.errors import OutputError, UnconstrainedError
+
+NOTE = "job.json"
+
+
+def partial_of(out: Path) -> Path:
+    """Where a run for `out` writes."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds anything."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out} exists and is not empty: choose another folder or remove it")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold. needed: bytes."""
+    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"the disk of {out} has {free / 2**30:.1f} GiB free, the result takes "
+            f"{needed / 2**30:.1f} GiB: make room or choose another disk"
+        )
+
+
+@contextmanager
+def staged(out: Path, job: str) -> Iterator[Path]:
+    """Give a folder to write into, and rename it to `out` when the block ends without error.
+
+    job: what identifies the work (a hash); an OUT.partial of the same job is started afresh.
+    """
+    check_out(out)
+    partial = partial_of(out)
+    _clear(partial, job)
+    partial.mkdir(parents=True)
+    try:
+        with (partial / NOTE).open("w", encoding="utf-8") as note:
+            _lock(note, partial)
+            json.dump({"job": job}, note)
+            note.flush()
+            yield partial
+        (partial / NOTE).unlink()
+        if out.is_dir():
+            out.rmdir()  # empty: check_out saw to that
+        partial.rename(out)
+    except Exception as error:
+        # A merge cannot be resumed yet, so what an error leaves would only stand in the way of the
+        # mended recipe. After a kill it stays, and the next run of the same job clears it.
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, UnconstrainedError) or not _disk_full(error):
+            raise
+        raise OutputError(
+            f"the disk is full; nothing was left behind: make room for {out} and run the same "
+            "command again"
+        ) from error
+
+
+def _clear(partial: Path, job: str) -> None:
+    """Remove what an interrupted run of the same job left."""
+    if not partial.exists():
+        return
+    try:
+        with (partial / NOTE).open("r+", encoding="utf-8") as note:
+            _lock(note, partial)
+            same = json.load(note).get("job") == job
+    except (OSError, ValueError):
+        same = not any(partial.iterdir())
+    if not same:
+        raise OutputError(
+            f"{partial} was left by another recipe (or by something else): remove it, or choose "
+            "another output folder"
+        )
+    shutil.rmtree(partial)
+
+
+def _lock(note: IO[str], partial: Path) -> None:
+    """Keep a second run out; the system drops the lock when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: two runs at a time are the user's to avoid
+        return
+    try:
+        fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise OutputError(f"another run is writing {partial} at this moment") from None
+
+
+def _disk_full(error: BaseException) -> bool:
+    # safetensors and torch wrap the system's error into their own text.
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

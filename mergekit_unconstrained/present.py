@@ -1,0 +1,129 @@
+"""What people see on the terminal: plans, summaries, progress. Draws, decides nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mergekit_unconstrained.engine.plan import Plan
+
+console = Console()
+
+
+def status(message: str, quiet: bool) -> AbstractContextManager[Any]:
+    """A spinner beside a message while something of unknown length runs."""
+    return nullcontext() if quiet else console.status(escape(message))
+
+
+@contextmanager
+def byte_progress(message: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar by bytes with the time left; gives a function that is told how many more were done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+    )
+    # On stderr: what a command prints may be redirected into a file.
+    with Progress(*columns, console=Console(stderr=True), disable=total == 0) as bar:
+        task = bar.add_task(escape(message), total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def size(count: int) -> str:
+    """Bytes for people: 513.2 MiB."""
+    number = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError
+
+
+def print_plan(plan: Plan, out: Path | None, seconds: float | None = None) -> None:
+    """Parents, coefficients, sizes and what it will take."""
+    table = Table(
+        title=f"{escape(plan.method.spec.name)} of {len(plan.experts)} experts",
+        title_justify="left",
+    )
+    for heading in ("", "model", "tensors", "size", "weight", "density"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "size") else "left")
+    for parent in (plan.base, *plan.experts):
+        cells = plan.coefficients.get(parent.name, {}).values()
+        table.add_row(
+            "base" if parent is plan.base else "expert",
+            escape(parent.name),
+            f"{len(parent.tensors):,}" if parent.tensors is not None else "?",
+            size(sum(f.stat().st_size for f in (*parent.weight_files, *parent.adapter_files)))
+            if parent.weight_files
+            else "on the Hub",
+            "" if parent is plan.base else span(c.weight for c in cells),
+            "" if parent is plan.base else span(c.density for c in cells),
+        )
+    console.print(table)
+    settings = [
+        f"{p.name}={plan.shared[p.name]}"
+        for p in plan.method.spec.shared_parameters
+        if p.name == "operator" or plan.shared.get(p.name) != p.default
+    ]
+    lines = [
+        "parameters  " + (", ".join(settings) or "all at their defaults"),
+        f"output      {len(plan.tensors):,} tensors, {plan.layers} layers, {size(plan.out_bytes)}"
+        + (f" in {out}" if out is not None else ""),
+        f"disk        {size(plan.out_bytes)} needed, {size(_free(out))} free",
+        f"memory      about {size(peak_memory(plan))} for weights",
+    ]
+    if seconds is not None:
+        lines.append(f"time        about {duration(seconds)} on this machine, start-up apart")
+    console.print(escape("\n".join(lines)), highlight=False)
+
+
+def print_summary(plan: Plan, out: Path, seconds: float) -> None:
+    """One line at the end of a job."""
+    console.print(
+        f"[bold]{escape(str(out))}[/]: {len(plan.tensors):,} tensors, {size(plan.out_bytes)}, "
+        f"{len(plan.experts)} experts merged by {escape(plan.method.spec.name)} in "
+        f"{duration(seconds)}; the card is README.md",
+        highlight=False,
+    )
+
+
+def span(values: Iterable[float | None]) -> str:
+    """`0.5`, or `0.1 to 0.9` when values differ."""
+    known = sorted({v for v in values if v is not None})
+    if not known:
+        return ""
+    return f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def peak_memory(plan: Plan) -> int:
+    """Bytes of weights in memory at once, at most: one output shard and one tensor's inputs.
+
+    mergekit's writer gathers a shard of up to 5 billion parameters before it writes it.
+    """
+    largest = max((t.bytes for t in plan.tensors), default=0)
+    return plan.out_bytes + largest * (len(plan.experts) + 4)
+
+
+def _free(out: Path | None) -> int:
+    start = (out or Path()).absolute()
+    folder = next(p for p in (start, *start.parents) if p.exists())
+    return shutil.disk_usage(folder).free
