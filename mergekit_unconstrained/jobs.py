@@ -23,12 +23,14 @@ from mergekit_unconstrained import __version__, compat, present
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.recipe import check_recipe
-from mergekit_unconstrained.engine import staging
+from mergekit_unconstrained.config.show import print_grid
+from mergekit_unconstrained.engine import staging, starting_tables
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import Plan, make_plan
+from mergekit_unconstrained.engine.starting_tables import StartKind
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.hub import heatmap, record
+from mergekit_unconstrained.hub import record
 from mergekit_unconstrained.resources import cache_dir
 
 RunMerge = Callable[..., Any]
@@ -105,11 +107,8 @@ def plan_recipe(path: str) -> Plan:
     return make_plan(document, config, method, MergeOptions())
 
 
-def starting_table(models: list[str], start: str, lora_merge_cache: str | None) -> str:
+def starting_table(models: list[str], start: StartKind, lora_merge_cache: str | None) -> str:
     """The text of a coefficient table for models[0] as base and the others as experts."""
-    from mergekit_unconstrained.engine.starting_tables import dump_table, explain
-    from mergekit_unconstrained.engine.starting_tables import starting_table as compute
-
     method = compat.get("layerwise")
     base, *experts = models
     data = {
@@ -125,10 +124,12 @@ def starting_table(models: list[str], start: str, lora_merge_cache: str | None) 
     load = compat.tensor_loader(options)
     total = plan.in_bytes if start == "energy" else 0
     with present.byte_progress(f"reading {len(models)} models", total) as advance:
-        table = compute(start, base, experts, plan.roles, load, progress=advance)
+        table = starting_tables.starting_table(
+            start, base, experts, plan.roles, load, progress=advance
+        )
     command = " ".join(["mergekit-unconstrained coefficients init", *models, "--from", start])
-    explanation = explain(start, len(experts), plan.layers)
-    return dump_table(table, comment=f"{explanation}\n{command}")
+    explanation = starting_tables.explain(start, len(experts), plan.layers)
+    return starting_tables.dump_table(table, comment=f"{explanation}\n{command}")
 
 
 def show_plan(path: str, out: Path | None) -> None:
@@ -142,11 +143,13 @@ def show_plan(path: str, out: Path | None) -> None:
 def show_coefficients(path: str) -> None:
     """Print what a recipe's coefficients come to, layer by kind."""
     plan = plan_recipe(path)
-    heatmap.print_grid(record.grid_of(plan), present.console)
+    print_grid(record.grid_of(plan), present.console)
 
 
 def plot_coefficients(path: str, picture: Path) -> None:
     """Draw what a recipe's coefficients come to."""
+    from mergekit_unconstrained.hub import heatmap  # brings matplotlib
+
     plan = plan_recipe(path)
     heatmap.draw(record.grid_of(plan), picture, title=Path(path).name)
 
@@ -155,7 +158,8 @@ def estimate_seconds(plan: Plan) -> float:
     """Time of the arithmetic, from one merge of a million random entries on this machine."""
     cells = [next(iter(c.values()), None) for c in plan.coefficients.values()]
     generator = torch.Generator().manual_seed(0)
-    sample = [torch.randn(1024, 1024, generator=generator).bfloat16() for _ in range(len(cells) + 1)]
+    count = len(cells) + 1
+    sample = [torch.randn(1024, 1024, generator=generator).bfloat16() for _ in range(count)]
     group = compat.TensorGroup.from_tensors(sample, base_index=0, name="sample")
     parameters = dict(plan.shared) | {"coefficients": ""}
     parameters["weight"] = [c.weight if c and c.weight is not None else 1.0 for c in cells]

@@ -137,12 +137,14 @@ def test_a_good_recipe_passes_the_check_and_runs(workplace: Path) -> None:
         (lambda r: r.update(models=[]), ["models"]),
         (lambda r: r.update(models="math"), ["models"]),
         (
-            lambda r: r.update(parameters={"operator": "della"})
-            or r["models"][0]["parameters"].update(density=0.1),
+            lambda r: (
+                r.update(parameters={"operator": "della"})
+                or r["models"][0]["parameters"].update(density=0.1)
+            ),
             ["della needs density - epsilon > 0"],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_recipe_is_refused_with_the_place_and_the_right_word(
     workplace: Path, change: Callable[[Recipe], object], words: list[str]
 ) -> None:
@@ -182,9 +184,12 @@ def test_a_recipe_that_is_not_there_is_said_to_be_missing(workplace: Path) -> No
         ({"tie_word_embeddings": True}, ["code ties its head", "base does not"]),
         ({"num_hidden_layers": 3}, ["number of layers", "code has 3"]),
         ({"vocab_size": 300}, ["vocabulary of 300", "tokenizer: {source: base}"]),
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, ["MistralForCausalLM"]),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+            ["MistralForCausalLM"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_expert_whose_config_means_something_else_is_refused(
     workplace: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
@@ -306,14 +311,20 @@ def test_an_adapter_that_is_none_is_refused(workplace: Path) -> None:
         ({"layers": 5, "experts": {"math": 1, "code": 1}}, ["for 5 layers", "the output has 4"]),
         ({"layers": 4, "experts": {"math": 1, "coed": 1}}, ["no such expert", "'code'"]),
         ({"layers": 4, "experts": {"math": {"layers": {"4": 1}}, "code": 1}}, ["last layer (3)"]),
-        ({"layers": 4, "experts": {"math": {"layers": {"0": 1}}, "code": 1}}, ["no weight for math"]),
         (
-            {"layers": 4, "experts": {"math": {"default": 1, "layers": {0: {"qkv": 1}}}, "code": 1}},
+            {"layers": 4, "experts": {"math": {"layers": {"0": 1}}, "code": 1}},
+            ["no weight for math"],
+        ),
+        (
+            {
+                "layers": 4,
+                "experts": {"math": {"default": 1, "layers": {0: {"qkv": 1}}}, "code": 1},
+            },
             ["kind 'qkv'"],
         ),
         ({"layers": 4, "experts": {"math": 1, "code": {"default": 1, "heads": 1}}}, ["'head'"]),
     ],
-)  # fmt: skip
+)
 def test_a_table_for_something_else_is_refused(
     workplace: Path, table: dict[str, Any], words: list[str]
 ) -> None:
@@ -336,10 +347,8 @@ def test_a_table_that_is_not_there_is_named(workplace: Path) -> None:
 def slices(*ranges: list[int]) -> Recipe:
     recipe = good()
     models = recipe.pop("models")
-    recipe["slices"] = [
-        {"sources": [{**m, "layer_range": r} for m in models] + [{"model": "base", "layer_range": r}]}
-        for r in ranges
-    ]  # fmt: skip
+    models.append({"model": "base"})
+    recipe["slices"] = [{"sources": [{**m, "layer_range": r} for m in models]} for r in ranges]
     return recipe
 
 

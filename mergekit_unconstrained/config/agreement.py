@@ -49,8 +49,8 @@ def check_agreement(base: Parent, expert: Parent, *, tokenizer_given: bool) -> N
         if field == "tie_word_embeddings":
             tied, untied = (base, expert) if ours[field] else (expert, base)
             raise ModelError(
-                f"{tied.name} ties its head to its embedding, {untied.name} does not: save both the "
-                "same way before merging (or pass --allow-crimes)"
+                f"{tied.name} ties its head to its embedding, {untied.name} does not: save both "
+                "the same way before merging (or pass --allow-crimes)"
             )
         raise ModelError(
             f"{field} is {theirs[field]!r} in {expert.name} but {ours[field]!r} in the base "
@@ -86,8 +86,8 @@ def _check_vocabulary(base: Parent, expert: Parent) -> None:
     sizes = [getattr(p.config, "vocab_size", None) for p in (base, expert)]
     if sizes[0] != sizes[1]:
         raise ModelError(
-            f"{expert.name} has a vocabulary of {sizes[1]}, the base {base.name} one of {sizes[0]}: "
-            + HOW_TO_MERGE_VOCABULARIES
+            f"{expert.name} has a vocabulary of {sizes[1]}, the base {base.name} one of "
+            f"{sizes[0]}: " + HOW_TO_MERGE_VOCABULARIES
         )
     ours, theirs = _token_ids(base), _token_ids(expert)
     if not ours or not theirs or ours == theirs:
@@ -95,8 +95,8 @@ def _check_vocabulary(base: Parent, expert: Parent) -> None:
     for token, index in theirs.items():
         if ours.get(token, index) != index:
             raise ModelError(
-                f"the tokenizers differ: {token!r} is {index} in {expert.name} but {ours[token]} in "
-                f"the base {base.name}; {HOW_TO_MERGE_VOCABULARIES}"
+                f"the tokenizers differ: {token!r} is {index} in {expert.name} but {ours[token]} "
+                f"in the base {base.name}; {HOW_TO_MERGE_VOCABULARIES}"
             )
 
 

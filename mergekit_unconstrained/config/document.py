@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,3 +91,15 @@ class Document:
     def fail(self, place: Place, message: str, line: int | None = None) -> NoReturn:
         """Raise the one error for a place."""
         raise RecipeError(f"{self.where(place, line)}: {message}")
+
+
+def walk(data: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Every value of parsed YAML with its place, from the outside in."""
+    yield place, data
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(data, Mapping):
+        items = data.items()
+    elif isinstance(data, list):
+        items = enumerate(data)
+    for key, value in items:
+        yield from walk(value, (*place, key))

@@ -54,8 +54,8 @@ class _Checker:
         self._models((), data)
         for index, definition in enumerate(self._list((), data, "slices")):
             self._slice(("slices", index), definition)
-        modules = data.get("modules") or {}
-        for name, module in modules.items() if self._is_map(modules) else ():
+        modules = data.get("modules")
+        for name, module in modules.items() if isinstance(modules, Mapping) else ():
             place = ("modules", name)
             self._keys(place, module, compat.OutputModuleDefinition)
             self._models(place, module)
@@ -88,7 +88,8 @@ class _Checker:
             self.document.fail(place, "names no `model`")
         allowed = {n: p for n, p in self.specs.items() if p.scope != ParameterScope.SHARED}
         parameters = definition.get("parameters")
-        if definition["model"] == self.base and not self.lenient and self._is_map(parameters):
+        is_base = definition["model"] == self.base and not self.lenient
+        if is_base and isinstance(parameters, Mapping):
             allowed = {n: p for n, p in allowed.items() if p.scope == ParameterScope.INPUT}
             for name in parameters:
                 if name in self.specs and name not in allowed:

@@ -10,8 +10,8 @@
           10-29: {q: 0.4, attention: 0.6, all: {weight: 0.1, density: 0.5}}
 
 For a tensor of layer l and kind k the most exact word counts: k, then its group (attention, mlp),
-then `all`, then `default`; weight and density are looked up each for itself. The format is ours; the
-paper does not give one.
+then `all`, then `default`; weight and density are looked up each for itself. The format is ours;
+the paper does not give one.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ def _layers(
                 if (layer, word) in cells:
                     document.fail(
                         (*here, word),
-                        f"layer {layer} has a value for {word!r} already, from {origin[layer, word]}",
+                        f"layer {layer} has a value for {word!r} already, from "
+                        f"{origin[layer, word]}",
                     )
                 cells[layer, word], origin[layer, word] = parsed, key
     return cells

@@ -7,7 +7,7 @@ shown here is what will be computed. It runs on headers alone: no download, no a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.agreement import HOW_TO_MERGE_VOCABULARIES, check_agreement
-from mergekit_unconstrained.config.document import Document, Place
+from mergekit_unconstrained.config.document import Document, Place, walk
 from mergekit_unconstrained.config.parents import Parent, TensorHeader, read_parent
 from mergekit_unconstrained.config.recipe import JobOptions, check_recipe
 from mergekit_unconstrained.config.table import Coefficients, Table, load_table
@@ -298,6 +298,13 @@ def _check_table(plan: Plan, table: Table) -> None:
         )
     names = [e.name for e in plan.experts]
     used = {table.key_for(name) for name in names}
+    for key in used:
+        sharing = [name for name in names if table.key_for(name) == key]
+        if key is not None and len(sharing) > 1:
+            document.fail(
+                ("experts", key),
+                f"{' and '.join(sharing)} both end in {key!r}: name them as in the recipe",
+            )
     for key in table.experts:
         if key not in used:
             document.fail(("experts", key), f"the recipe has no such expert. {suggest(key, names)}")
@@ -340,7 +347,7 @@ def _check_settings(plan: Plan) -> None:
     """Filters that match nothing and gradients with more points than layers."""
     names = {n for t in plan.tensors for n in (t.name, *filter(None, t.inputs.values()))}
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-    for place, value in _walk(plan.document.data, ()):
+    for place, value in walk(plan.document.data):
         if "parameters" not in place:
             continue
         if place[-1] == "filter" and value not in (None, "*"):
@@ -354,13 +361,3 @@ def _check_settings(plan: Plan) -> None:
             plan.document.fail(
                 place, f"a gradient of {len(value)} points over a model of {plan.layers} layers"
             )
-
-
-def _walk(data: Any, place: Place) -> Iterator[tuple[Place, Any]]:
-    yield place, data
-    if isinstance(data, Mapping):
-        for key, value in data.items():
-            yield from _walk(value, (*place, key))
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            yield from _walk(value, (*place, index))

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import math
+import platform
 from pathlib import Path
+from typing import Any
 
-from mergekit_unconstrained.engine.digest import BackgroundDigests
+from mergekit_unconstrained import __version__
+from mergekit_unconstrained.catalog import entry_for
+from mergekit_unconstrained.config.grid import Grid, build_grid, summary
+from mergekit_unconstrained.config.parents import Parent, weight_files
+from mergekit_unconstrained.config.recipe import JobOptions
+from mergekit_unconstrained.config.table import short_name
+from mergekit_unconstrained.engine.digest import BackgroundDigests, sha256
 from mergekit_unconstrained.engine.plan import Plan
+from mergekit_unconstrained.hub import card, facts
+from mergekit_unconstrained.hub.names import display_name
+from mergekit_unconstrained.hub.pinning import TABLE, clean, pinned_recipe
 
 RECIPE = "mergekit_config.yml"  # the name that other tools look for
-TABLE = "coefficients.yml"
+HEATMAP = "coefficients.png"
+PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
 
 def describe(
@@ -19,17 +34,146 @@ def describe(
     seconds: float,
     write_card: bool,
 ) -> None:
-    """Write everything but the weights into a finished output folder."""
-    (folder / RECIPE).write_text(pinned_recipe(plan), encoding="utf-8")
+    """Write everything but the weights into a finished output folder.
+
+    digests: of plan.files. seconds: what the merge took.
+    """
+    parents = {p.name: p for p in (plan.base, *plan.experts)}
+    recipe = pinned_recipe(plan.document, parents, plan.table is not None)
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    table = None
     if plan.table is not None:
-        (folder / TABLE).write_text(plan.table.document.text or "", encoding="utf-8")
+        table = clean(plan.table.document.text or "", parents)
+        (folder / TABLE).write_text(table, encoding="utf-8")
+    if not write_card:
+        return
+    grid = grid_of(plan)
+    has_weights = any(c.weight is not None for e in grid.experts.values() for c in e.cells)
+    if has_weights:
+        from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
+
+        heatmap.draw(grid, folder / HEATMAP, title)
+    card.write(
+        folder,
+        facts.CardFacts(
+            title=title,
+            method=_method(plan),
+            parents=tuple(_parent(p, plan, digests) for p in parents.values()),
+            recipe=recipe,
+            command=f"mergekit-yaml {RECIPE} OUT",
+            versions=_versions(),
+            outputs=tuple(_file(f) for f in weight_files(folder)),
+            recipe_name=RECIPE,
+            coefficients=table,
+            coefficients_name=TABLE,
+            heatmap=HEATMAP if has_weights else None,
+            tokenizer=_tokenizer(plan, folder),
+            chat_template=_has_chat_template(folder),
+            dtype=", ".join(sorted({t.dtype for t in plan.tensors})),
+            seconds=round(seconds, 1),
+        ),
+    )
 
 
 def grid_of(plan: Plan) -> Grid:
-    """The resolved coefficients of a plan, under short names."""
-    return build_grid(plan.roles, plan.coefficients)
+    """The resolved coefficients of a plan, under short names where these tell the experts apart."""
+    short = {name: short_name(name) for name in plan.coefficients}
+    if len(set(short.values())) < len(short):
+        short = {name: display_name(name) for name in short}
+    if len(set(short.values())) < len(short):
+        short = {name: name for name in short}
+    return build_grid(plan.roles, {short[n]: cells for n, cells in plan.coefficients.items()})
 
 
-def pinned_recipe(plan: Plan) -> str:
-    """The recipe with Hub models at their commits, without paths of this machine."""
-    return plan.document.text or ""
+def _method(plan: Plan) -> facts.Method:
+    spec = plan.method.spec
+    entry = entry_for(spec.name)
+    given = (plan.document.data or {}).get("parameters") or {}
+    own = {p.name for p in spec.shared_parameters} - {"operator", "coefficients"}
+    operator = plan.shared.get("operator")
+    return facts.Method(
+        name=spec.name,
+        pretty_name=spec.pretty_name or spec.name,
+        summary=entry.summary if entry else "",
+        paper=entry.paper if entry else "",
+        url=spec.reference_url or "",
+        operator=str(operator) if operator else None,
+        parameters={
+            k: _plain(v) for k, v in given.items() if k in own or k in JobOptions.model_fields
+        },
+    )
+
+
+def _plain(value: Any) -> str | int | float | bool | None:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else json.dumps(value)
+
+
+def _parent(parent: Parent, plan: Plan, digests: BackgroundDigests) -> facts.Parent:
+    reference = parent.reference
+    is_base = parent is plan.base
+    grid = build_grid(plan.roles, {"": plan.coefficients.get(parent.name, {})})
+    shapes = [h.shape for h in (parent.tensors or {}).values()]
+    adapter = None
+    if reference.lora is not None:
+        local = Path(reference.lora.path).is_dir()
+        adapter = facts.Source(
+            name=display_name(str(reference.lora), local),
+            hub_id=None if local else reference.lora.path,
+            files=tuple(_file(f, digests) for f in parent.adapter_files),
+            licence=_licence(Path(reference.lora.path)) if local else None,
+        )
+    local = Path(reference.model.path).is_dir()
+    return facts.Parent(
+        role="base" if is_base else "expert",
+        model=facts.Source(
+            name=display_name(str(reference.model), local),
+            hub_id=None if local else reference.model.path,
+            commit=parent.commit,
+            files=tuple(_file(f, digests) for f in parent.weight_files),
+            licence=_licence(parent.folder),
+        ),
+        adapter=adapter,
+        weight="" if is_base else summary(grid.experts[""]),
+        architecture=str((getattr(parent.config, "architectures", None) or [""])[0]),
+        parameters=sum(math.prod(s) for s in shapes) or None,
+    )
+
+
+def _file(file: Path, digests: BackgroundDigests | None = None) -> facts.WeightFile:
+    digest = digests[file] if digests is not None else sha256(file)
+    return facts.WeightFile(name=file.name, sha256=digest, size=file.stat().st_size)
+
+
+def _licence(folder: Path | None) -> str | None:
+    """The licence that a model's own card declares."""
+    from huggingface_hub import ModelCard
+
+    try:
+        declared = ModelCard.load(folder / "README.md").data.license  # type: ignore[operator]
+    except Exception:  # no card, or one that cannot be read: not known
+        return None
+    return str(declared) if declared else None
+
+
+def _tokenizer(plan: Plan, folder: Path) -> str:
+    if not any(folder.glob("token*")):
+        return ""
+    config = plan.config
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    if source in (None, "base"):
+        return display_name(str(plan.base.reference.model), plan.base.commit is None)
+    return "union of the parents' tokenizers" if source == "union" else display_name(str(source))
+
+
+def _has_chat_template(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("chat_template")) or (folder / "chat_template.jinja").exists()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"mergekit-unconstrained": __version__}
+    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    return versions | {"python": platform.python_version()}

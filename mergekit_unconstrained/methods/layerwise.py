@@ -64,7 +64,7 @@ def layerwise(
     normalize: NormalizeSetting = "auto",  # divide by the weights; auto: as upstream's method
     select_topk: Fraction = 1.0,  # sce: fraction of entries selected by variance
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
-    scope: Literal["tensor"] = "tensor",  # thresholds per tensor; `model` comes with the engine
+    scope: Literal["tensor"] = "tensor",  # noqa: ARG001 (of thresholds; `model` is not built yet)
     seed: int = 0,  # of the random masks
     precision: Literal["float32", "float64"] = "float32",  # of the arithmetic
 ) -> torch.Tensor:

@@ -1,0 +1,395 @@
+"""Model cards: what they say, and that nothing in a recipe can make them say something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+import pydantic
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from mergekit_unconstrained.errors import UnconstrainedError
+from mergekit_unconstrained.hub import card, markdown
+from mergekit_unconstrained.hub.card import (
+    CardFacts,
+    Method,
+    Parent,
+    Score,
+    Source,
+    WeightFile,
+    display_name,
+    from_json,
+    render,
+    sanitise_paths,
+    to_json,
+    write,
+)
+from mergekit_unconstrained.hub.facts import is_hub_id, unknowns
+from mergekit_unconstrained.numerics.operators import OPERATORS
+
+CARDS = Path(__file__).parent.parent / "model_cards"
+COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
+
+
+def facts(name: str = "math", **changes: Any) -> CardFacts:
+    """Facts in which every text that comes from elsewhere is `name`."""
+    base = Source("org/base", "org/base", COMMIT, (WeightFile(name, "a" * 64, 10),), name)
+    complete = CardFacts(
+        title=name,
+        method=Method(name, name, name, name, name, "ties", {name: name, "seed": 1, "x": None}),
+        parents=(
+            Parent("base", base, architecture=name, parameters=134_515_008),
+            Parent("expert", base, Source(name, None), weight=name),
+            Parent("expert", Source(name, name, name, licence=name), weight="0.5"),
+        ),
+        recipe=name,
+        command=name,
+        versions={name: name, "torch": "2.13.0"},
+        outputs=(WeightFile(name, name, 269_060_552),),
+        coefficients=name,
+        coefficients_name=name,
+        recipe_name=name,
+        heatmap=name,
+        tokenizer=name,
+        dtype=name,
+        seconds=9.4,
+        licence=name,
+        repo_id=name,
+        evaluation=(Score(name, name, name, 0.5, 0.01, 100), Score(name, name, name, 0.25)),
+        unknown=(name,),
+    )
+    return dataclasses.replace(complete, **changes)
+
+
+def least(**changes: Any) -> CardFacts:
+    """The fewest facts a merge can have."""
+    parents = (Parent("base", Source("base")), Parent("expert", Source("math")))
+    known = {"title": "t", "method": Method("layerwise", "Layer-wise merging"), "parents": parents}
+    return CardFacts(**{**known, "recipe": "a: 1", "command": "c", "versions": {}, **changes})
+
+
+def tokens(text: str) -> list:
+    """The card's body as CommonMark with tables, flat."""
+    body = text.split("\n---\n", 1)[1]
+    flat = []
+    for token in MarkdownIt("commonmark").enable("table").parse(body):
+        flat += [token, *(token.children or ())]
+    return flat
+
+
+def metadata(text: str) -> dict[str, Any]:
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("\n---\n")[0])
+
+
+# -- the example ------------------------------------------------------------------------------
+
+
+def test_the_example_card_is_what_the_template_makes_of_its_facts():
+    example = from_json((CARDS / "example.json").read_bytes())
+    assert render(example) == (CARDS / "example.md").read_text(encoding="utf-8")
+    assert to_json(example) == (CARDS / "example.json").read_text(encoding="utf-8")
+    assert (CARDS / example.heatmap).is_file()
+    assert not example.evaluation  # no figures that nobody measured
+
+
+def test_the_example_can_be_run_and_parsed():
+    text = (CARDS / "example.md").read_text(encoding="utf-8")
+    blocks = {t.info: t.content for t in tokens(text) if t.type == "fence"}
+    compile(blocks["python"], "card", "exec")
+    assert yaml.safe_load(blocks["yaml"])["merge_method"] == "layerwise"
+    assert metadata(text) == {
+        "base_model": ["HuggingFaceTB/SmolLM2-135M-Instruct"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["merge", "mergekit", "mergekit-unconstrained", "layerwise"],
+    }
+
+
+# -- content ----------------------------------------------------------------------------------
+
+
+def headings(text: str) -> list[str]:
+    found = tokens(text)
+    return [found[i + 1].content for i, t in enumerate(found) if t.type == "heading_open"]
+
+
+def test_sections_come_only_with_content():
+    assert headings(render(least())) == [
+        "t", "Use", "Parents", "Method", "Recipe", "Not known", "Citation",
+    ]  # fmt: skip
+    text = render(facts(heatmap="coefficients.png"))
+    assert headings(text) == [
+        "math", "Use", "Evaluation", "Parents", "Method", "Coefficients", "Recipe", "Checksums",
+        "Not known", "Citation",
+    ]  # fmt: skip
+    assert "](./coefficients.png)" in text
+    for shown in (text, render(least())):
+        assert re.search(r"^## .*\n+(?=## |\Z)", shown, re.M) is None  # a heading without content
+        assert "\n\n\n" not in shown
+
+
+def test_metadata_names_hub_models_once_in_order_and_a_licence_only_when_known():
+    assert "base_model" not in metadata(render(least()))
+    assert "license" not in metadata(render(least()))
+    shown = metadata(render(facts(licence="apache-2.0")))
+    assert shown["license"] == "apache-2.0"
+    assert shown["base_model"] == ["org/base", "math"]
+    other = metadata(render(facts(licence="My Licence v2")))
+    assert (other["license"], other["license_name"]) == ("other", "My Licence v2")
+
+
+def test_numbers_are_written_for_people():
+    text = render(facts())
+    assert "134.5 M" in text
+    assert "1 file, 269 MB" in text
+    assert "took 9.4 s" in text
+    for seconds, words in ((0, "0.1 s"), (75, "75 s"), (3000, "50 min"), (9000, "2 h 30 min")):
+        assert f"took {words}." in render(least(seconds=seconds))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_is_explained_with_its_paper(operator):
+    text = render(least(method=Method("layerwise", "Layer-wise merging", operator=operator)))
+    assert f"(operator `{operator}`, [" in text
+    assert "](https://arxiv.org/abs/2" in text.split("## Method")[1].split("##")[0]
+
+
+def test_what_is_missing_is_said():
+    said = " ".join(unknowns(least()))
+    assert "base and math came from" in said
+    assert "licence of base and math, and so the licence of this model" in said
+    assert "not been evaluated" in said
+    hub = Source("o/m", "o/m", None, licence="mit")
+    said = unknowns(least(parents=(Parent("base", hub),), evaluation=facts().evaluation))
+    assert said == (
+        "Which commit of o/m was read.",
+        "The licence of this model, which must respect those of all its parents.",
+    )
+
+
+def test_long_tables_of_coefficients_are_folded():
+    table = "layers: 99\n" + "# row\n" * 40
+    text = render(least(coefficients=table))
+    assert text.index("<details>") < text.index("layers: 99") < text.index("</details>")
+    assert "<details>" not in render(least(coefficients="layers: 1"))
+
+
+def test_the_snippet_follows_the_chat_template_and_the_repository():
+    assert "apply_chat_template" in render(least(chat_template=True))
+    assert "apply_chat_template" not in render(least())
+    assert 'model_id = "org/name"' in render(least(repo_id="org/name"))
+    assert 'model_id = "."' in render(least())
+
+
+def test_facts_survive_json_and_strange_keys_are_refused():
+    for known in (facts(), least()):
+        assert from_json(to_json(known)) == known
+    with pytest.raises(pydantic.ValidationError, match="licens"):
+        from_json(to_json(least()).replace('"licence"', '"license"'))
+
+
+# -- hostile text -----------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "![x](https://evil.example/x.png)",
+    "a | b | c",
+    "a \\| b",
+    "`code` ``` ````",
+    "```\n# fence\n```\n<script>",
+    "x\n---\nlicense: mit\n---\n# Owned",
+    "x\r\n\r\n# Owned\r\n\x85# Owned\u2028# Owned",
+    "{{ 7 * 7 }} {% raw %} {# x #}",
+    "]]> --> <!-- </details> &lt;b&gt;",
+    "$$x$$ \\(y\\) \\[z\\] *em* _em_ ~~s~~",
+    "- item\n1. item\n> quote\n    code",
+    "a: b #c 'd' \"e\" %f @g !h",
+    "\u202eevil\u2066 \x00\x1b[31m",
+    "'''\"\"\"; import os; os.system('x')",
+    "數學🙂 é",
+    "",
+]
+ALLOWED_HTML = re.compile(r"</?(code|details|summary)>\n?")
+
+
+def allowed_html(token: Any) -> bool:
+    return all(ALLOWED_HTML.fullmatch(tag) for tag in re.findall(r"<[^>]*>\n?", token.content))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("long", [False, True])
+def test_no_text_breaks_out_of_its_place(name, long):
+    coefficients = name + "\n" + "# row\n" * (40 if long else 0)
+    text = render(facts(name, coefficients=coefficients))
+    found = tokens(text)
+    known = {
+        "Use", "Evaluation", "Parents", "Method", "Coefficients", "Recipe", "Checksums",
+        "Not known", "Citation",
+    }  # fmt: skip
+    assert set(headings(text)[1:]) <= known
+    for token in found:
+        if token.type in ("html_block", "html_inline"):
+            assert allowed_html(token), token.content
+        for attribute in ("href", "src"):
+            if token.attrGet(attribute):
+                assert (
+                    token.attrGet(attribute).startswith(
+                        ("https://huggingface.co/org/base/tree/", "https://arxiv.org/abs/")
+                    )
+                    or token.attrGet(attribute) == "https://github.com/arcee-ai/mergekit"
+                )
+    kinds = {t.type for t in found}
+    assert not kinds & {"em_open", "strong_open", "blockquote_open", "hr", "code_block"}
+    assert "49" not in text.replace(COMMIT, "")
+    for character in "\u202e\u2066\x00\x1b\x85\u2028\r":
+        assert character not in text
+    assert set(metadata(text)) <= {
+        "license", "license_name", "base_model", "base_model_relation", "library_name",
+        "pipeline_tag", "tags",
+    }  # fmt: skip
+    assert metadata(text).get("license") in ("other", None)
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name])
+def test_tables_keep_their_columns(name):
+    """As many cells in every row as there were for a harmless name."""
+
+    def shape(text: str) -> str:
+        marks = {"table_open": "\n", "tr_open": ",", "td_open": "c", "th_open": "c"}
+        return "".join(marks.get(token.type, "") for token in tokens(text))
+
+    expected = shape(render(facts("harmless name", recipe=name, coefficients=name)))
+    assert expected.splitlines()[1] == ",cccccc,cccccc,cccccc"
+    assert shape(render(facts(name))) == expected
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_text_is_still_what_it_was(name):
+    """What a reader sees of an escaped text is the text, white space and invisibles aside."""
+    expected = " ".join(markdown.visible(name).split())
+    for filtered in (markdown.md(name), markdown.code(name)):
+        inline = MarkdownIt("commonmark").enable("table").parseInline(filtered)[0].children
+        seen = "".join(
+            t.content for t in inline if t.type in ("text", "code_inline", "text_special")
+        )
+        assert " ".join(seen.split()) == expected
+
+
+def test_every_value_of_the_template_passes_through_a_filter():
+    source = (CARDS / "merge.md.j2").read_text(encoding="utf-8")
+    environment = card._environment()
+    safe = {"md", "code", "fence", "link", "line", "short", "size", "duration"}
+    safe |= {"python", "urlencode", "listed"}
+    macros = {"source", "model", "checksums"}
+    for output in environment.parse(source).find_all(jinja2.nodes.Output):
+        for node in output.nodes:
+            if isinstance(node, jinja2.nodes.Call):
+                assert node.node.name in macros
+            elif isinstance(node, jinja2.nodes.Name):
+                assert node.name == "front_matter"
+            elif isinstance(node, jinja2.nodes.Filter):
+                assert node.name in safe
+            elif isinstance(node, jinja2.nodes.CondExpr):  # "and" or a comma
+                leaves = node.find_all((jinja2.nodes.Name, jinja2.nodes.Filter))
+                assert {leaf.name for leaf in leaves} <= {"loop", "local", "length"}
+            else:
+                assert isinstance(node, jinja2.nodes.TemplateData)
+
+
+# -- templates of users, writing ----------------------------------------------------------------
+
+
+def test_a_template_of_ones_own_is_used_and_cannot_reach_out(tmp_path):
+    template = tmp_path / "own.j2"
+    template.write_text("{{ facts.title | md }}: {{ unknowns | length }}", encoding="utf-8")
+    assert render(least(), template) == "t: 3\n"
+    for text, message in (
+        ("{{ facts.__class__.__mro__ }}", "unsafe"),
+        ("{{ nothing }}", "'nothing' is undefined"),
+        ("a\n{% if %}", r"own\.j2:2"),
+        ("{{ facts.title | nofilter }}", "nofilter"),
+    ):
+        template.write_text(text, encoding="utf-8")
+        with pytest.raises(UnconstrainedError, match=message):
+            render(least(), template)
+    with pytest.raises(UnconstrainedError, match="cannot be read"):
+        render(least(), tmp_path / "missing.j2")
+
+
+def test_a_card_is_written_whole_or_not_at_all(tmp_path):
+    write(tmp_path, least())
+    first = (tmp_path / "README.md").read_bytes()
+    assert first == render(least()).encode()
+    with pytest.raises(UnconstrainedError):
+        write(tmp_path, least(), tmp_path / "missing.j2")
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_bytes() == first
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("/home/alice/models/math", "math"),
+        ("/home/alice/models/math/", "math"),
+        ("~/math", "math"),
+        ("./math", "math"),
+        ("../models/math", "math"),
+        ("C:\\Users\\alice\\math", "math"),
+        ("\\\\server\\share\\math", "math"),
+        ("org/name", "org/name"),
+        ("org/name@rev", "org/name@rev"),
+        ("gpt2", "gpt2"),
+        ("org/name+/home/alice/lora/code", "org/name + code"),
+        ("org/name@v1+org/lora@v2", "org/name@v1 + org/lora@v2"),
+        ("/x/a@v1", "a"),
+        (f"/home/a/.cache/hub/models--org--name/snapshots/{COMMIT}", f"org/name@{COMMIT}"),
+        ("models/sub/math", "math"),
+        ("/", "model"),
+        ("~", "model"),
+        ("/a+b+c/math", "math"),
+    ],
+)
+def test_names_show_no_folders_of_the_author(model, shown):
+    assert display_name(model) == shown
+
+
+def test_a_known_folder_keeps_its_last_part_only():
+    assert display_name("models/math", local=True) == "math"
+
+
+def test_texts_lose_absolute_paths_and_keep_everything_else():
+    text = (
+        "model: /home/alice/models/math  # see https://arxiv.org/abs/1 and a/b, 1/2\n"
+        "- '~/lora/x' C:\\Users\\alice\\y file:///home/alice/z\n"
+        'base: org/name@rev+/data/secret/code, coefficients: "/tmp/t.yml"\n'
+        "regex: / and ~ alone, and/or\n"
+    )
+    assert sanitise_paths(text) == (
+        "model: math  # see https://arxiv.org/abs/1 and a/b, 1/2\n"
+        "- 'x' y z\n"
+        'base: org/name@rev+code, coefficients: "t.yml"\n'
+        "regex: / and ~ alone, and/or\n"
+    )
+    shown = {"work/m": "org/m", "work/m+work/l": "org/m + l", "/home/a b/m": "m"}
+    assert sanitise_paths("work/m+work/l, work/m, work/m2, /home/a b/m", shown) == (
+        "org/m + l, org/m, work/m2, m"
+    )
+    assert "/home" not in render(least(recipe="m: /home/alice/m", command="x /home/alice/o"))
+
+
+@pytest.mark.parametrize("text", ["a/b/c", "-a/b", "", None, "a b", "../b", "a/../b", "x" * 97])
+def test_what_is_no_hub_id(text):
+    assert not is_hub_id(text)
