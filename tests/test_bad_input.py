@@ -129,6 +129,11 @@ def test_a_good_recipe_passes_the_check_and_runs(workplace: Path) -> None:
             lambda r: r["models"].append({"model": "base", "parameters": {"weight": 1}}),
             ["models[2].parameters.weight", "is the base"],
         ),
+        (
+            lambda r: r["models"][0]["parameters"].update(density=0.5),
+            ["models[0].parameters.density", "nothing to operator 'task_arithmetic'", "ties"],
+        ),
+        (lambda r: r.update(parameters={"epsilon": 0.1}), ["'epsilon' means nothing", "della"]),
         (lambda r: r.pop("base_model"), ["needs a `base_model`"]),
         (lambda r: r.pop("merge_method"), ["merge_method"]),
         (lambda r: r.update(merge_method="layrwise"), ["'layrwise'", "Did you mean 'layerwise'"]),
@@ -309,6 +314,13 @@ def test_an_adapter_that_is_none_is_refused(workplace: Path) -> None:
     ("table", "words"),
     [
         ({"layers": 5, "experts": {"math": 1, "code": 1}}, ["for 5 layers", "the output has 4"]),
+        (
+            {
+                "layers": 4,
+                "experts": {"math": {"default": {"weight": 1, "density": 0.5}}, "code": 1},
+            },
+            ["density", "means nothing to operator"],
+        ),
         ({"layers": 4, "experts": {"math": 1, "coed": 1}}, ["no such expert", "'code'"]),
         ({"layers": 4, "experts": {"math": {"layers": {"4": 1}}, "code": 1}}, ["last layer (3)"]),
         (

@@ -196,3 +196,9 @@ def test_no_card_is_written_where_none_is_wanted(here: Path, tiny_models: TinyMo
     invoke("yaml", "recipe.yml", "out", "--no-write-model-card")
     assert not Path("out/README.md").exists()
     assert json.loads(Path("out/config.json").read_text())["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_that_cannot_be_renamed_to_is_refused(out: str) -> None:
+    with pytest.raises(OutputError, match="choose one"):
+        staging.check_out(Path(out))

@@ -15,11 +15,11 @@ from typing import Any
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.agreement import HOW_TO_MERGE_VOCABULARIES, check_agreement
-from mergekit_unconstrained.config.document import Document, Place, walk
+from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent, TensorHeader, read_parent
 from mergekit_unconstrained.config.recipe import JobOptions, check_recipe
 from mergekit_unconstrained.config.table import Coefficients, Table, load_table
-from mergekit_unconstrained.config.words import suggest
+from mergekit_unconstrained.engine import checks
 from mergekit_unconstrained.engine.context import tensor_roles
 from mergekit_unconstrained.errors import ModelError, RecipeError
 from mergekit_unconstrained.numerics.roles import Role, role_from_name
@@ -133,7 +133,7 @@ def make_plan(
 
     architecture = compat.get_architecture_info(config, options)
     parents = {p.name: p for p in (base, *experts)}
-    _check_layers(document, config, architecture, parents)
+    checks.check_layers(document, config, architecture, parents)
     out_config = compat.output_config(config, architecture, options.trust_remote_code)
     roles = tensor_roles(architecture, out_config)
     try:
@@ -156,10 +156,13 @@ def make_plan(
         document, config, method, job, base, tuple(experts), tensors, table, layers,
         shared=dict(tasks[0].parameters.items()) if tasks else {},
     )  # fmt: skip
-    _check_settings(plan)
+    checks.check_settings(plan)
+    checks.check_operators(
+        plan, {str(t.parameters["operator"]) for t in tasks if "operator" in t.parameters}
+    )
     if table is not None:
-        _check_table(plan, table)
-    _check_weights(plan)
+        checks.check_table(plan, table)
+    checks.check_weights(plan)
     return plan
 
 
@@ -241,46 +244,6 @@ def _cut(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
     return shape if axis is None else tuple(s for i, s in enumerate(shape) if i != axis)
 
 
-# -- what needs the parents to be checked ---------------------------------------------------------
-
-
-def _check_layers(
-    document: Document,
-    config: MergeConfiguration,
-    architecture: compat.ModelArchitecture,
-    parents: Mapping[str, Parent],
-) -> None:
-    """Equal depth without slices; layer ranges inside the models with them."""
-    for name, module in architecture.modules.items():
-        depth = {m: module.architecture.num_layers(p.config) for m, p in parents.items()}
-        places: list[tuple[Place, Any]] = []
-        if config.slices:
-            places = [(("slices", i), s) for i, s in enumerate(config.slices)]
-        elif config.modules and name in config.modules and config.modules[name].slices:
-            places = [
-                (("modules", name, "slices", i), s)
-                for i, s in enumerate(config.modules[name].slices or [])
-            ]
-        for place, output_slice in places:
-            lengths = set()
-            for i, source in enumerate(output_slice.sources):
-                first, last = source.layer_range
-                lengths.add(last - first)
-                here = (*place, "sources", i, "layer_range")
-                known = depth[str(source.model)]
-                if not 0 <= first < last:
-                    document.fail(here, f"[{first}, {last}] holds no layer")
-                if last > known:
-                    document.fail(
-                        here, f"[{first}, {last}] goes beyond the {known} layers of {source.model}"
-                    )
-            if len(lengths) > 1:
-                document.fail((*place, "sources"), "the ranges of one slice must be equally long")
-        if not places and len(set(depth.values())) > 1:
-            told = ", ".join(f"{m} has {d}" for m, d in depth.items())
-            raise ModelError(f"the models differ in their number of layers: {told}")
-
-
 def _table(document: Document, tasks: list[compat.PlannedTask]) -> Table | None:
     path = tasks[0].parameters.get("coefficients") if tasks else None
     if not path:
@@ -288,76 +251,3 @@ def _table(document: Document, tasks: list[compat.PlannedTask]) -> Table | None:
     if any(t.parameters.get("coefficients") != path for t in tasks):
         document.fail(("parameters", "coefficients"), "must be one file for the whole merge")
     return load_table(str(path))
-
-
-def _check_table(plan: Plan, table: Table) -> None:
-    document = table.document
-    if table.layers != plan.layers:
-        document.fail(
-            ("layers",), f"this table is for {table.layers} layers, the output has {plan.layers}"
-        )
-    names = [e.name for e in plan.experts]
-    used = {table.key_for(name) for name in names}
-    for key in used:
-        sharing = [name for name in names if table.key_for(name) == key]
-        if key is not None and len(sharing) > 1:
-            document.fail(
-                ("experts", key),
-                f"{' and '.join(sharing)} both end in {key!r}: name them as in the recipe",
-            )
-    for key in table.experts:
-        if key not in used:
-            document.fail(("experts", key), f"the recipe has no such expert. {suggest(key, names)}")
-    inner = {k for r in plan.roles.values() if r.layer is not None for k in r.keys}
-    outer = {k for r in plan.roles.values() if r.layer is None for k in r.keys}
-    for key, expert in table.experts.items():
-        for _, word in expert.inner:
-            if word not in inner:
-                document.fail(
-                    ("experts", key, "layers"),
-                    f"no layer of this model has tensors of kind {word!r}. {suggest(word, inner)}",
-                )
-        for word in expert.outer:
-            if word not in outer:
-                tied = " (its head is tied to the embedding)" if word == "head" else ""
-                document.fail(
-                    ("experts", key, word),
-                    f"this model has no tensor of kind {word!r} outside its layers{tied}",
-                )
-
-
-def _check_weights(plan: Plan) -> None:
-    if not any(p.name == "weight" for p in plan.method.spec.parameters):
-        return
-    for tensor in plan.tensors:
-        for model, cell in tensor.coefficients.items():
-            if cell.weight is None:
-                where = plan.document.where(("models",))
-                if plan.table is not None:
-                    where = plan.table.document.where(
-                        ("experts", plan.table.key_for(model) or model)
-                    )
-                raise RecipeError(
-                    f"{where}: no weight for {model} in {tensor.name}: set `weight` in the model's "
-                    "parameters, or a `default` in the coefficient table"
-                )
-
-
-def _check_settings(plan: Plan) -> None:
-    """Filters that match nothing and gradients with more points than layers."""
-    names = {n for t in plan.tensors for n in (t.name, *filter(None, t.inputs.values()))}
-    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
-    for place, value in walk(plan.document.data):
-        if "parameters" not in place:
-            continue
-        if place[-1] == "filter" and value not in (None, "*"):
-            if not any(str(value) in name for name in names):
-                plan.document.fail(place, f"{value!r} matches no tensor. {suggest(value, parts)}")
-        elif (
-            isinstance(value, list)
-            and all(not isinstance(e, (dict, list)) for e in value)
-            and len(value) > max(plan.layers, 1)
-        ):
-            plan.document.fail(
-                place, f"a gradient of {len(value)} points over a model of {plan.layers} layers"
-            )

@@ -25,7 +25,9 @@ def partial_of(out: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Refuse an output folder that holds anything."""
+    """Refuse an output folder that holds anything, or that could not be renamed to."""
+    if out.name in ("", ".."):
+        raise OutputError(f"{out} is no name for an output folder: choose one such as `merged`")
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():

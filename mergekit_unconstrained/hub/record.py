@@ -148,9 +148,12 @@ def _licence(folder: Path | None) -> str | None:
     """The licence that a model's own card declares."""
     from huggingface_hub import ModelCard
 
+    card_file = folder / "README.md" if folder is not None else None
+    if card_file is None or not card_file.exists():  # load() would take the path for a Hub id
+        return None
     try:
-        declared = ModelCard.load(folder / "README.md").data.license  # type: ignore[operator]
-    except Exception:  # no card, or one that cannot be read: not known
+        declared = ModelCard.load(card_file).data.license
+    except Exception:  # a card that cannot be read: not known
         return None
     return str(declared) if declared else None
 

@@ -1,0 +1,148 @@
+"""What can be checked of a recipe only beside its parents: layers, tables, filters, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mergekit_unconstrained import compat
+from mergekit_unconstrained.compat import MergeConfiguration
+from mergekit_unconstrained.config.document import Document, Place, walk
+from mergekit_unconstrained.config.parents import Parent
+from mergekit_unconstrained.config.table import Table
+from mergekit_unconstrained.config.words import suggest
+from mergekit_unconstrained.errors import ModelError, RecipeError
+from mergekit_unconstrained.numerics.operators import OPERATORS
+
+if TYPE_CHECKING:
+    from mergekit_unconstrained.engine.plan import Plan
+
+
+def check_layers(
+    document: Document,
+    config: MergeConfiguration,
+    architecture: compat.ModelArchitecture,
+    parents: Mapping[str, Parent],
+) -> None:
+    """Equal depth without slices; layer ranges inside the models with them."""
+    for name, module in architecture.modules.items():
+        depth = {m: module.architecture.num_layers(p.config) for m, p in parents.items()}
+        places: list[tuple[Place, Any]] = []
+        if config.slices:
+            places = [(("slices", i), s) for i, s in enumerate(config.slices)]
+        elif config.modules and name in config.modules and config.modules[name].slices:
+            places = [
+                (("modules", name, "slices", i), s)
+                for i, s in enumerate(config.modules[name].slices or [])
+            ]
+        for place, output_slice in places:
+            lengths = set()
+            for i, source in enumerate(output_slice.sources):
+                first, last = source.layer_range
+                lengths.add(last - first)
+                here = (*place, "sources", i, "layer_range")
+                known = depth[str(source.model)]
+                if not 0 <= first < last:
+                    document.fail(here, f"[{first}, {last}] holds no layer")
+                if last > known:
+                    document.fail(
+                        here, f"[{first}, {last}] goes beyond the {known} layers of {source.model}"
+                    )
+            if len(lengths) > 1:
+                document.fail((*place, "sources"), "the ranges of one slice must be equally long")
+        if not places and len(set(depth.values())) > 1:
+            told = ", ".join(f"{m} has {d}" for m, d in depth.items())
+            raise ModelError(f"the models differ in their number of layers: {told}")
+
+
+def check_table(plan: Plan, table: Table) -> None:
+    document = table.document
+    if table.layers != plan.layers:
+        document.fail(
+            ("layers",), f"this table is for {table.layers} layers, the output has {plan.layers}"
+        )
+    names = [e.name for e in plan.experts]
+    used = {table.key_for(name) for name in names}
+    for key in used:
+        sharing = [name for name in names if table.key_for(name) == key]
+        if key is not None and len(sharing) > 1:
+            document.fail(
+                ("experts", key),
+                f"{' and '.join(sharing)} both end in {key!r}: name them as in the recipe",
+            )
+    for key in table.experts:
+        if key not in used:
+            document.fail(("experts", key), f"the recipe has no such expert. {suggest(key, names)}")
+    inner = {k for r in plan.roles.values() if r.layer is not None for k in r.keys}
+    outer = {k for r in plan.roles.values() if r.layer is None for k in r.keys}
+    for key, expert in table.experts.items():
+        for _, word in expert.inner:
+            if word not in inner:
+                document.fail(
+                    ("experts", key, "layers"),
+                    f"no layer of this model has tensors of kind {word!r}. {suggest(word, inner)}",
+                )
+        for word in expert.outer:
+            if word not in outer:
+                tied = " (its head is tied to the embedding)" if word == "head" else ""
+                document.fail(
+                    ("experts", key, word),
+                    f"this model has no tensor of kind {word!r} outside its layers{tied}",
+                )
+
+
+def check_weights(plan: Plan) -> None:
+    if not any(p.name == "weight" for p in plan.method.spec.parameters):
+        return
+    for tensor in plan.tensors:
+        for model, cell in tensor.coefficients.items():
+            if cell.weight is None:
+                where = plan.document.where(("models",))
+                if plan.table is not None:
+                    where = plan.table.document.where(
+                        ("experts", plan.table.key_for(model) or model)
+                    )
+                raise RecipeError(
+                    f"{where}: no weight for {model} in {tensor.name}: set `weight` in the model's "
+                    "parameters, or a `default` in the coefficient table"
+                )
+
+
+def check_operators(plan: Plan, operators: set[str]) -> None:
+    """Refuse settings that mean nothing to the operator: mergekit would ignore them in silence."""
+    if not operators or plan.document.text is None:
+        return
+    used = frozenset().union(*(OPERATORS[o].parameters for o in operators if o in OPERATORS))
+    known = frozenset().union(*(o.parameters for o in OPERATORS.values()))
+    documents = [plan.document] + ([plan.table.document] if plan.table is not None else [])
+    for document in documents:
+        for place, _ in walk(document.data):
+            name = str(place[-1]) if place else ""
+            inside = document is not plan.document or "parameters" in place[:-1]
+            if inside and name in known - used:
+                able = [o for o, operator in OPERATORS.items() if name in operator.parameters]
+                document.fail(
+                    place,
+                    f"{name!r} means nothing to operator {', '.join(sorted(operators))!r}; it does "
+                    f"to {', '.join(able)}",
+                )
+
+
+def check_settings(plan: Plan) -> None:
+    """Filters that match nothing and gradients with more points than layers."""
+    names = {n for t in plan.tensors for n in (t.name, *filter(None, t.inputs.values()))}
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
+    for place, value in walk(plan.document.data):
+        if "parameters" not in place:
+            continue
+        if place[-1] == "filter" and value not in (None, "*"):
+            if not any(str(value) in name for name in names):
+                plan.document.fail(place, f"{value!r} matches no tensor. {suggest(value, parts)}")
+        elif (
+            isinstance(value, list)
+            and all(not isinstance(e, (dict, list)) for e in value)
+            and len(value) > max(plan.layers, 1)
+        ):
+            plan.document.fail(
+                place, f"a gradient of {len(value)} points over a model of {plan.layers} layers"
+            )
