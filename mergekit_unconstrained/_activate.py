@@ -7,7 +7,8 @@ have been executed and not before:
     mergekit.merge_methods.registry.get                 an unknown name asks the plugins
     mergekit.merge_methods.registry.registered_methods  lists the plugins too
     mergekit.merge.run_merge                            unknown methods fail before any download;
-                                                        our methods run as jobs (jobs.py)
+                                                        methods of plugins, ours among them, run
+                                                        as jobs (jobs.py)
 
 Rules of this file: standard library only at import time, nothing here may raise into `import torch`
 or `import mergekit`, and a name whose signature is not the one we know is left alone, with one
@@ -19,7 +20,6 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import inspect
 import logging
 import os
@@ -48,12 +48,12 @@ def activate() -> None:
 
 def install() -> None:
     """Patch what is loaded, and wait for what is not. Our own command calls this directly."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     for name in _PATCHES:
         module = sys.modules.get(name)
         if module is not None:
             _patch_when_ready(module)
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
 
 
 def is_active() -> bool:
@@ -65,7 +65,7 @@ def is_active() -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finders find the modules to patch, and patches them once executed."""
+    """Lets the finders behind it find the modules to patch, and patches them once executed."""
 
     def find_spec(
         self,
@@ -73,23 +73,41 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _PATCHES:
+        if fullname not in _PATCHES or self not in sys.meta_path:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        loader = spec.loader if spec is not None else None
-        if spec is None or loader is None or not hasattr(loader, "exec_module"):
-            return None
-        execute = loader.exec_module
+        # Only those behind us: another finder that also asks its neighbours cannot ask us back.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find = getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find is not None else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _PatchingLoader(spec.loader)
+                return spec
+        return None
 
-        def exec_then_patch(module: types.ModuleType) -> None:
-            # Shadowing the method on the instance and removing it again leaves the module with
-            # its own loader, so inspect, pickle and reload see nothing of us.
-            del loader.exec_module
-            execute(module)
-            _apply(module)
 
-        loader.exec_module = exec_then_patch  # type: ignore[method-assign]
-        return spec
+class _PatchingLoader(importlib.abc.Loader):
+    """Stands in for a module's loader until the module is executed, then takes itself out.
+
+    It wraps rather than alters the loader, which a zip archive's modules share, and leaves the
+    module with its own: inspect, pickle and reload see nothing of us.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _apply(module)
 
 
 class _PatchOnFirstUse(types.ModuleType):
@@ -105,7 +123,7 @@ class _PatchOnFirstUse(types.ModuleType):
 
 
 def _patch_when_ready(module: types.ModuleType) -> None:
-    if getattr(module.__spec__, "_initializing", False):
+    if getattr(getattr(module, "__spec__", None), "_initializing", False):
         if type(module) is types.ModuleType:
             module.__class__ = _PatchOnFirstUse
     else:
@@ -113,29 +131,48 @@ def _patch_when_ready(module: types.ModuleType) -> None:
 
 
 def _apply(module: types.ModuleType) -> None:
-    """Wrap a module's names; whatever goes wrong becomes one warning."""
-    for name, (parameters, wrapper) in _PATCHES[module.__name__].items():
-        original = getattr(module, name, None)
+    """Wrap a module's names; one that is not what we know is left alone, with one warning."""
+    for name, (parameters, wrap) in _PATCHES.get(module.__name__, {}).items():
+        original: Any = getattr(module, name, None)
         if hasattr(original, _MARK):
             continue
         try:
-            found = tuple(inspect.signature(original).parameters)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            found = ()
-        if found[: len(parameters)] != parameters or (parameters == () and found):
+            found = tuple(inspect.signature(original).parameters)
+        except Exception:
+            found = ("?",)
+        if found != parameters:
             _warn(
-                f"{module.__name__}.{name} is not what this version knows (it takes "
-                f"{', '.join(found) or 'nothing'}), so it is left alone; use "
-                "`mergekit-unconstrained yaml` or a newer mergekit-unconstrained"
+                f"{module.__name__}.{name}({', '.join(found)}) of this mergekit is not the one "
+                f"this version knows ({', '.join(parameters)}), so it is left alone: use "
+                "`mergekit-unconstrained yaml`, or a newer mergekit-unconstrained"
             )
             continue
-        patched = wrapper(original)  # type: ignore[arg-type]
+        patched = wrap(original)
         setattr(patched, _MARK, True)
-        setattr(module, name, patched)
-        # mergekit.merge_methods re-exports the registry; when we come late it has the old names.
-        package = sys.modules.get(module.__name__.rpartition(".")[0])
-        if package is not None and getattr(package, name, None) is original:
-            setattr(package, name, patched)
+        # The module itself, and whoever imported the name from it before we came.
+        for other in [module, *_siblings(module)]:
+            if vars(other).get(name) is original:
+                setattr(other, name, patched)
+
+
+def _siblings(module: types.ModuleType) -> list[types.ModuleType]:
+    """The loaded modules of the same top-level package."""
+    package = module.__name__.partition(".")[0]
+    return [
+        other
+        for name, other in list(sys.modules.items())
+        if name.partition(".")[0] == package and isinstance(other, types.ModuleType)
+    ]
+
+
+def _plugins() -> types.ModuleType | None:
+    """The module that loads plugins; None, with one warning, where mergekit is too different."""
+    try:
+        from mergekit_unconstrained import plugins
+    except Exception as error:
+        _warn(f"merge-method plugins are off: {error!r}")
+        return None
+    return plugins
 
 
 def _wrap_get(original: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -144,9 +181,10 @@ def _wrap_get(original: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return original(name)
         except RuntimeError:
-            from mergekit_unconstrained import plugins
-
-            return plugins.find(name, original)
+            plugins = _plugins()
+            if plugins is None:
+                raise
+        return plugins.find(name, original)
 
     return get
 
@@ -154,9 +192,8 @@ def _wrap_get(original: Callable[[str], Any]) -> Callable[[str], Any]:
 def _wrap_registered_methods(original: Callable[[], Any]) -> Callable[[], Any]:
     @functools.wraps(original)
     def registered_methods() -> Any:
-        from mergekit_unconstrained import plugins
-
-        plugins.load_all()
+        if (plugins := _plugins()) is not None:
+            plugins.load_all()
         return original()
 
     return registered_methods
@@ -167,11 +204,21 @@ def _wrap_run_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     def run_merge(
         merge_config: Any, out_path: str, options: Any, config_source: str | None = None
     ) -> Any:
+        get: Any = getattr(sys.modules.get("mergekit.merge_methods.registry"), "get", None)
+        # mergekit itself looks the method up after it has downloaded every model.
+        if not hasattr(get, _MARK) or _is_builtin(get(merge_config.merge_method)):
+            return original(merge_config, out_path, options, config_source)
         from mergekit_unconstrained import jobs
 
         return jobs.run(original, merge_config, out_path, options, config_source)
 
     return run_merge
+
+
+def _is_builtin(method: Any) -> bool:
+    """Whether a method is mergekit's own: its kernel, or else its class, is defined there."""
+    home = getattr(method, "implementation", type(method)).__module__
+    return str(home).partition(".")[0] == "mergekit"
 
 
 _PATCHES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., Any]]]] = {
@@ -188,6 +235,7 @@ _PATCHES: dict[str, dict[str, tuple[tuple[str, ...], Callable[..., Any]]]] = {
 }
 
 
+@functools.cache
 def _warn(message: str) -> None:
     # Logging, not warnings: under `python -W error` a warning would break `import torch`.
     logging.getLogger("mergekit_unconstrained").warning("mergekit-unconstrained: %s", message)
