@@ -71,9 +71,9 @@ _IN_LAYER: tuple[tuple[str, str], ...] = (
     ("o", _ATTENTION + r"(?:o_proj|out_proj|out_lin|output\.dense|dense|c_proj|proj|wo|o)\."),
     ("other", r"(?:attn|attention|mamba|mixer|conv)\."),
     ("gate_up", r"gate_up_proj|input_linear"),
-    # Qwen (the first) calls its up projection w1 and its gate w2.
+    # Qwen (the first) calls its up projection w1 and its gate w2, Jais c_fc and c_fc2.
     ("up", r"mlp\.w1\."),
-    ("gate", r"mlp\.w2\."),
+    ("gate", r"mlp\.w2\.|c_fc2\."),
     ("gate", r"gate_proj|(?:^|\.)(?:w1|wi_0|c_fc_0)(?:\.|$)"),
     ("up", r"up_proj|fc1|lin1|dense_h_to_4h|intermediate\.dense"),
     ("up", r"(?:^|\.)(?:w3|wi|wi_1|c_fc_1|c_fc)(?:\.|$)"),
@@ -81,7 +81,11 @@ _IN_LAYER: tuple[tuple[str, str], ...] = (
     ("down", r"(?:^|\.)(?:w2|wo)(?:\.|$)"),
 )
 _OUTSIDE: tuple[tuple[str, str], ...] = (
-    ("head", r"lm_head|embed_out|output_layer|(?:^|\.)output\.|score\.|classifier|cls\.|projector"),
+    # What joins a vision tower to a language model is neither head nor final norm.
+    ("other", r"multi_modal|merger|vision_adapter"),
+    ("head", r"lm_head|embed_out|output_layer|(?:^|\.)output\.|score\.|classifier|cls\."),
+    ("head", r"vocab_(?:transform|layer_norm|projector)|^layers\.\d+\.linear\."),
+    ("embedding", r"embeddings\.layernorm"),
     ("final_norm", r"norm|(?:^|\.)ln(?:_|\d|\.|$)"),
     ("embedding", r"embed|embd|wte|wpe|(?:^|\.)shared\."),
 )

@@ -12,32 +12,41 @@ import numpy as np
 import torch
 
 
-def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th smallest entry (k = 1 is the minimum) of a 1-D tensor without NaN, exactly."""
-    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        # NumPy's introselect takes a third of the time of torch.kthvalue on a CPU.
-        array = values.numpy()
-        return torch.as_tensor(np.partition(array, k - 1)[k - 1], dtype=values.dtype)
-    return torch.kthvalue(values, k).values
-
-
 def extreme_mask(magnitudes: torch.Tensor, k: int, *, largest: bool) -> torch.Tensor:
     """A boolean mask of exactly the k largest (or smallest) entries.
 
     magnitudes: [n], non-negative, no NaN. k is clamped to [0, n]. Returns [n] bool.
     """
     n = magnitudes.numel()
-    if k <= 0:
-        return torch.zeros(n, dtype=torch.bool, device=magnitudes.device)
-    if k >= n:
-        return torch.ones(n, dtype=torch.bool, device=magnitudes.device)
-    if largest:
-        threshold = kth_smallest(magnitudes, n - k + 1)
-        mask = magnitudes > threshold
-    else:
-        threshold = kth_smallest(magnitudes, k)
-        mask = magnitudes < threshold
-    missing = k - int(mask.sum())
-    ties = (magnitudes == threshold).nonzero().squeeze(1)[:missing]
-    mask[ties] = True
-    return mask
+    if k <= 0 or k >= n:
+        return torch.full((n,), k > 0, dtype=torch.bool, device=magnitudes.device)
+    if magnitudes.device.type != "cpu":
+        mask = torch.zeros_like(magnitudes, dtype=torch.bool)
+        mask[torch.argsort(magnitudes, descending=largest, stable=True)[:k]] = True
+        return mask
+    # A selection, not a sort: NumPy finds the threshold in a thirtieth of the time of argsort.
+    values = magnitudes.numpy()
+    rank = n - k if largest else k - 1
+    threshold = np.partition(values, rank)[rank]
+    kept = values >= threshold if largest else values <= threshold
+    surplus = np.count_nonzero(kept) - k
+    if surplus > 0:
+        kept[np.flatnonzero(values == threshold)[-surplus:]] = False
+    return torch.from_numpy(kept)
+
+
+def stable_order(rows: torch.Tensor) -> torch.Tensor:
+    """The columns of every row by ascending magnitude, equal ones by index.
+
+    rows: [r, m], non-negative. Returns [r, m] int64.
+    """
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return torch.argsort(rows, dim=1, stable=True)
+    # Non-negative floats sort as their bits do, so magnitude and column fit one integer, whose sort
+    # needs no stable rule: a tenth of the time of torch.argsort.
+    keys = rows.numpy().view(np.int32).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(rows.shape[1])
+    keys.sort(axis=1)
+    keys &= 0xFFFFFFFF
+    return torch.from_numpy(keys)
