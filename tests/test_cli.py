@@ -1,0 +1,89 @@
+"""The command line: help without torch, what is printed agrees with the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mergekit_unconstrained import describe
+from mergekit_unconstrained.catalog import CATALOG
+from mergekit_unconstrained.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commands() -> list[list[str]]:
+    found: list[list[str]] = [[]]
+    for name, command in main.commands.items():
+        found.append([name])
+        if isinstance(command, click.Group):
+            found += [[name, inner] for inner in command.commands]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_answers_help(command: list[str]) -> None:
+    result = CliRunner().invoke(main, [*command, "--help"])
+    assert result.exit_code == 0, result.output
+    assert "Usage:" in result.output
+    lines = result.output.split("\n")
+    assert len(lines[2].strip()) > 20  # it says what it does
+
+
+def test_help_imports_neither_torch_nor_mergekit() -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\n"
+        "from mergekit_unconstrained.cli import main\n"
+        f"for command in {commands()!r}:\n"
+        "    assert CliRunner().invoke(main, [*command, '--help']).exit_code == 0\n"
+        "heavy = {'torch', 'mergekit', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_methods_are_listed_with_paper_parameters_and_bounds() -> None:
+    output = " ".join(CliRunner().invoke(main, ["methods"]).output.split())
+    for entry in CATALOG.values():
+        assert entry.name in output
+        assert "arXiv 2410.13699" in output
+    assert "0 to 1" in output
+    assert "task_arithmetic" in output
+
+
+@pytest.mark.parametrize("name", ["layerwise", "ties", "linear", "slerp"])
+def test_a_method_is_explained(name: str) -> None:
+    result = CliRunner().invoke(main, ["show", name])
+    assert result.exit_code == 0, result.output
+    assert f"merge_method: {name}" in result.output
+
+
+def test_an_unknown_method_gets_the_nearest_name() -> None:
+    result = CliRunner().invoke(main, ["show", "layerwize"])
+    assert result.exit_code == 1
+    assert "layerwise" in result.output
+
+
+def test_the_doctor_tells_versions_and_the_state_of_the_hook() -> None:
+    output = CliRunner().invoke(main, ["doctor"]).output
+    for word in ("mergekit-unconstrained", "torch", "hook", "extra demo", "device", "cache"):
+        assert word in output
+    assert re.search(r"hook\s+on", output)
+
+
+def test_the_readme_holds_the_method_table_of_the_code() -> None:
+    assert describe.markdown_table() in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_every_command_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in main.commands:
+        assert f"mergekit-unconstrained {name}" in readme
+    for name in re.findall(r"`mergekit-unconstrained ([a-z]+)", readme):
+        assert name in main.commands
