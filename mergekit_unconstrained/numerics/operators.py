@@ -202,15 +202,10 @@ def as_float(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # -- the first pass: what is kept -----------------------------------------------------------------
 
 
-def sparse(expert: Expert, operator: Operator) -> bool:
-    """Whether the operator drops entries of this expert one by one."""
-    return operator.keep not in ("all", "variance") and expert.density < 1
-
-
 def keep(base: torch.Tensor, expert: Expert, settings: Settings, dtype: torch.dtype) -> Kept:
     """Which entries of the task vector d_i the operator keeps, and by what they are rescaled."""
     operator = OPERATORS[settings.operator]
-    if not sparse(expert, operator):
+    if operator.keep == "all" or expert.density >= 1:
         return Kept()
     rescale = operator.rescale if settings.rescale is None else settings.rescale
     keys = {"tensor": settings.name, "model": expert.model}

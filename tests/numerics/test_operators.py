@@ -233,6 +233,12 @@ def test_weights_that_cancel_are_not_divided_by() -> None:
     assert one("ties", 0.0, [3.0, -3.0], weights=[1, -1], normalize=True) == 6.0
 
 
+def test_weights_of_a_negative_sum_are() -> None:
+    assert one("task_arithmetic", 0.0, [3.0, 0.5], weights=[-1, -2], normalize=True) == (
+        pytest.approx(4 / 3)
+    )
+
+
 def test_sce_weighs_by_energy() -> None:
     base = torch.zeros(2)
     experts = [Expert(torch.tensor([3.0, 1.0]), 1.0), Expert(torch.tensor([1.0, -0.5]), 1.0)]
@@ -240,6 +246,19 @@ def test_sce_weighs_by_energy() -> None:
     expected = [3 * eta[0] + 1 * eta[1], 1.0]
     result = merge(base, experts, Settings("sce"))
     torch.testing.assert_close(result, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("small", "expected"),
+    [
+        (0.1, 0.1),  # a share of 1 % is divided by itself
+        (1e-4, 1e-6),  # one of 1e-8 by 1e-6, mergekit's floor
+    ],
+)
+def test_sce_gives_an_expert_its_way_where_it_is_alone(small: float, expected: float) -> None:
+    experts = [Expert(torch.tensor([1.0, 0.0]), 1.0), Expert(torch.tensor([0.0, small]), 1.0)]
+    result = merge(torch.zeros(2), experts, Settings("sce"))
+    torch.testing.assert_close(result, torch.tensor([1.0, expected]), rtol=1e-5, atol=0)
 
 
 def test_sce_selects_by_variance_over_the_experts() -> None:
