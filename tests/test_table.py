@@ -309,3 +309,26 @@ def test_a_table_is_read_once_until_it_changes(tmp_path: Path) -> None:
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert load_table(str(path)).lookup("a", Role("q", 0)).weight == 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layers: 4\nexperts: {a: {default: {}}}", "says nothing"),
+        ("layers: 4\nexperts: {a: {default: {weight: }}}", "says nothing"),
+        ("layers: 4\nexperts: {a: {weight: 0.3, density: 0.5}}", "default: {weight"),
+        (f"layers: 4\nexperts: {{a: {'9' * 400}}}", "must be a number"),
+        ("layers: 4\nexperts: &a {a: *a}", "alias"),
+    ],
+)
+def test_odd_cells_and_documents_are_refused_in_words(text: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_table(Document.parse(text, "table.yml"))
+
+
+def test_a_layer_may_be_written_in_any_way_of_yaml(tmp_path: Path) -> None:
+    table = parse_table(Document.parse("layers: 4\nexperts: {a: {layers: {0x3: 1}}}", "t.yml"))
+    assert table.experts["a"].inner[3, "all"].weight == 1
+    json_file = tmp_path / "table.json"
+    json_file.write_text('{\n\t"layers": 4,\n\t"experts": {"a": {"layers": {"0-3": 0.5}}}\n}')
+    assert load_table(str(json_file)).experts["a"].inner[2, "all"].weight == 0.5

@@ -42,8 +42,11 @@ class Document:
         except yaml.YAMLError as error:
             raise RecipeError(f"{name}: this is not YAML: {error}") from None
         document = cls(name=name, data=data, text=text)
-        if node is not None:
-            document._walk(node, ())
+        try:
+            if node is not None:
+                document._walk(node, ())
+        except RecursionError:
+            raise RecipeError(f"{name}: an alias refers to what it is part of") from None
         return document
 
     @classmethod
@@ -57,6 +60,8 @@ class Document:
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{what} {str(path)!r} cannot be read: {error}") from None
+        if Path(path).suffix == ".json":
+            text = text.expandtabs(2)  # JSON may be indented by tabs, YAML may not
         return cls.parse(text, str(path))
 
     def _walk(self, node: yaml.Node, place: Place) -> None:
@@ -65,7 +70,7 @@ class Document:
         if isinstance(node, yaml.MappingNode):
             seen: dict[str | int, int] = {}
             for key, value in node.value:
-                word = int(key.value) if key.tag.endswith(":int") else key.value
+                word = _key(key)
                 line = key.start_mark.line + 1
                 if word in seen:
                     self.fail((*place, word), f"appears twice (first on line {seen[word]})", line)
@@ -91,6 +96,16 @@ class Document:
     def fail(self, place: Place, message: str, line: int | None = None) -> NoReturn:
         """Raise the one error for a place."""
         raise RecipeError(f"{self.where(place, line)}: {message}")
+
+
+def _key(node: yaml.Node) -> Any:
+    """A mapping's key as YAML reads it (0x3 is 3)."""
+    try:
+        key = yaml.SafeLoader("").construct_object(node, deep=True)
+        hash(key)
+    except (yaml.YAMLError, TypeError):
+        return str(node.value)
+    return key
 
 
 def walk(data: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:

@@ -151,7 +151,10 @@ def _expert(document: Document, place: Place, value: Any, layers: int) -> Expert
             document.fail(here, f"{key!r} is a kind inside the layers; put it below `layers:`")
         else:
             known = ("default", "layers", *OUTER_KINDS)
-            document.fail(here, f"no such key. {suggest(key, known)}")
+            hint = suggest(key, known)
+            if key in ("weight", "density"):
+                hint = "Write `default: {weight: ..., density: ...}`."
+            document.fail(here, f"no such key. {hint}")
     return ExpertTable(default, outer, inner)
 
 
@@ -196,6 +199,8 @@ def _cell(document: Document, place: Place, value: Any) -> Coefficients:
         if key not in ("weight", "density"):
             document.fail((*place, key), f"no such key. {suggest(key, ('weight', 'density'))}")
     weight, density = value.get("weight"), value.get("density")
+    if weight is None and density is None:
+        document.fail(place, "says nothing: give a number, or a `weight`, a `density` or both")
     return Coefficients(
         weight=None if weight is None else _number(document, (*place, "weight"), weight),
         density=None
@@ -216,8 +221,8 @@ def _number(
         document.fail(place, f"must be a number, not {value!r}")
     try:
         number = float(value)
-    except ValueError:
-        document.fail(place, f"must be a number, not {value!r}")
+    except (ValueError, OverflowError):
+        document.fail(place, f"must be a number, not {str(value)[:40]!r}")
     if not math.isfinite(number) or not low <= number <= high:
         bounds = f" between {low:g} and {high:g}" if math.isfinite(low) else ""
         document.fail(place, f"must be a finite number{bounds}, not {value!r}")

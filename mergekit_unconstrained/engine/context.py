@@ -77,8 +77,8 @@ def tensor_roles(architecture: ModelArchitecture, config: Any) -> dict[str, Role
 def finish(group: TensorGroup, result: torch.Tensor) -> torch.Tensor:
     """Check a merged tensor for NaN and infinity, and say which parent they came from.
 
-    Every operator multiplies rather than selects, so a bad entry of any input reaches the result;
-    one sum over the result is enough to see it.
+    Every operator multiplies rather than selects, so a bad entry of any input that is used reaches
+    the result; one sum over the result is enough to see it.
     """
     if _context.allow_nan or not result.is_floating_point() or bool(torch.isfinite(result.sum())):
         return result
