@@ -104,9 +104,7 @@ def test_the_example_can_be_run_and_parsed():
     blocks = {t.info: t.content for t in tokens(text) if t.type == "fence"}
     compile(blocks["python"], "card", "exec")
     assert yaml.safe_load(blocks["yaml"])["merge_method"] == "layerwise"
-    assert metadata(text) == {
-        "base_model": ["HuggingFaceTB/SmolLM2-135M-Instruct"],
-        "base_model_relation": "merge",
+    assert metadata(text) == {  # its parents were local folders, which the Hub does not know
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["merge", "mergekit", "mergekit-unconstrained", "layerwise"],

@@ -45,33 +45,42 @@ def describe(
     if plan.table is not None:
         table = clean(plan.table.document.text or "", parents)
         (folder / TABLE).write_text(table, encoding="utf-8")
-    if not write_card:
-        return
-    grid = grid_of(plan)
-    has_weights = any(c.weight is not None for e in grid.experts.values() for c in e.cells)
-    if has_weights:
-        from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
+    if write_card:
+        found = card_facts(plan, folder, title, digests, seconds, recipe, table)
+        if found.heatmap is not None:
+            from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
 
-        heatmap.draw(grid, folder / HEATMAP, title)
-    card.write(
-        folder,
-        facts.CardFacts(
-            title=title,
-            method=_method(plan),
-            parents=tuple(_parent(p, plan, digests) for p in parents.values()),
-            recipe=recipe,
-            command=f"mergekit-yaml {RECIPE} OUT",
-            versions=_versions(),
-            outputs=tuple(_file(f) for f in weight_files(folder)),
-            recipe_name=RECIPE,
-            coefficients=table,
-            coefficients_name=TABLE,
-            heatmap=HEATMAP if has_weights else None,
-            tokenizer=_tokenizer(plan, folder),
-            chat_template=_has_chat_template(folder),
-            dtype=", ".join(sorted({t.dtype for t in plan.tensors})),
-            seconds=round(seconds, 1),
-        ),
+            heatmap.draw(grid_of(plan), folder / found.heatmap, title)
+        card.write(folder, found)
+
+
+def card_facts(
+    plan: Plan,
+    folder: Path,
+    title: str,
+    digests: BackgroundDigests,
+    seconds: float,
+    recipe: str,
+    table: str | None,
+) -> facts.CardFacts:
+    """Everything the card of a finished folder says; the arguments as in `describe`."""
+    has_weights = any(c.weight is not None for e in plan.coefficients.values() for c in e.values())
+    return facts.CardFacts(
+        title=title,
+        method=_method(plan),
+        parents=tuple(_parent(p, plan, digests) for p in (plan.base, *plan.experts)),
+        recipe=recipe,
+        command=f"mergekit-yaml {RECIPE} OUT",
+        versions=_versions(),
+        outputs=tuple(_file(f) for f in weight_files(folder)),
+        recipe_name=RECIPE,
+        coefficients=table,
+        coefficients_name=TABLE,
+        heatmap=HEATMAP if has_weights else None,
+        tokenizer=_tokenizer(plan, folder),
+        chat_template=_has_chat_template(folder),
+        dtype=", ".join(sorted({t.dtype for t in plan.tensors})),
+        seconds=round(seconds, 1),
     )
 
 
