@@ -9,6 +9,8 @@ import click
 
 from mergekit_unconstrained import __version__
 
+MERGEKIT_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
+"""For commands that pass mergekit-yaml's own options on to mergekit."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -22,7 +24,7 @@ def main() -> None:
 
 
 @main.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    context_settings=MERGEKIT_OPTIONS,
     short_help="Run a recipe, as mergekit-yaml does, without needing the hook.",
 )
 @click.argument("recipe", type=click.Path())
@@ -46,28 +48,34 @@ def yaml(
     jobs.run_recipe(recipe, out, _merge_options(arguments), overrides)
 
 
-@main.command()
+@main.command(
+    context_settings=MERGEKIT_OPTIONS,
+    short_help="Check RECIPE against its parents without reading a weight.",
+)
 @click.argument("recipe", type=click.Path())
-def check(recipe: str) -> None:
+@click.pass_context
+def check(ctx: click.Context, recipe: str) -> None:
     """Check RECIPE against its parents without reading a weight.
 
     Every key and value, the parents' configs, shapes and tokenizers, the coefficient table. Exit
-    status 0 when `mergekit-yaml` would run it, 1 with one line that says what to mend.
+    status 0 when `mergekit-yaml` would run it, 1 with one line that says what to mend. Takes
+    mergekit-yaml's options (--allow-crimes, ...).
     """
-    plan = _jobs().plan_recipe(recipe)
+    plan = _jobs().plan_recipe(recipe, _merge_options(ctx.args))
     click.echo(
         f"{recipe}: all right ({plan.method.spec.name}, {len(plan.experts)} experts, "
         f"{len(plan.tensors):,} tensors, {plan.layers} layers)"
     )
 
 
-@main.command()
+@main.command(context_settings=MERGEKIT_OPTIONS)
 @click.argument("recipe", type=click.Path())
-@click.argument("out", type=click.Path(), required=False)
-def plan(recipe: str, out: str | None) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Where it is to go, for the disk.")
+@click.pass_context
+def plan(ctx: click.Context, recipe: str, out: Path | None) -> None:
     """Show what RECIPE would do: parents, coefficients, sizes, disk, memory, time."""
     jobs = _jobs()
-    jobs.show_plan(recipe, Path(out) if out else None)
+    jobs.show_plan(recipe, out, _merge_options(ctx.args))
 
 
 @main.command()
@@ -121,7 +129,10 @@ def init_table(
     else:
         if Path(out).exists():
             raise click.ClickException(f"{out} exists; choose another name or remove it")
-        Path(out).write_text(text, encoding="utf-8")
+        try:
+            Path(out).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise click.ClickException(f"cannot write {out}: {error.strerror}") from error
         click.echo(f"wrote {out}; point a recipe at it with `parameters: {{coefficients: {out}}}`")
 
 
@@ -137,6 +148,8 @@ def show_table(recipe: str) -> None:
 @click.argument("picture", type=click.Path(), default="coefficients.png")
 def plot_table(recipe: str, picture: str) -> None:
     """Draw the coefficients that RECIPE resolves to as a heat map (PNG)."""
+    if not Path(picture).absolute().parent.is_dir():
+        raise click.ClickException(f"there is no folder for {picture}")
     _jobs().plot_coefficients(recipe, Path(picture))
     click.echo(f"wrote {picture}")
 

@@ -58,7 +58,7 @@ with warnings.catch_warnings():
     )
     from mergekit.merge_methods.easy_define import merge_method as _merge_method
     from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
-    from mergekit.tokenizer.config import TokenizerConfig
+    from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 
 __all__ = [
     "BasePolicy",
@@ -88,9 +88,11 @@ __all__ = [
     "TensorEntry",
     "TensorGroup",
     "TensorMetadata",
+    "TokenEmbeddingConfig",
     "TokenizerConfig",
     "WeightInfo",
     "can_convert",
+    "check_chat_template",
     "dtype_from_name",
     "forget_loaders",
     "get",
@@ -233,6 +235,13 @@ def output_config(
         return _model_out_config(config, architecture, trust_remote_code=trust_remote_code)
     finally:
         log.setLevel(level)
+
+
+def check_chat_template(config: MergeConfiguration) -> None:
+    """RuntimeError when mergekit would not accept a recipe's chat template."""
+    from mergekit.merge import _set_chat_template
+
+    _set_chat_template(SimpleNamespace(chat_template=None), config)
 
 
 # -- the planner ----------------------------------------------------------------------------------

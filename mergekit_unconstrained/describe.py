@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mergekit_unconstrained import __version__, _activate
-from mergekit_unconstrained.catalog import ALIAS_PREFIX, CATALOG
+from mergekit_unconstrained.catalog import ALIAS_PREFIX, CATALOG, entry_for
 from mergekit_unconstrained.present import console, size
 from mergekit_unconstrained.resources import cache_dir
 
@@ -44,8 +44,8 @@ def print_method(name: str) -> None:
     console.print(f"[bold]{spec.pretty_name or spec.name}[/]  {spec.reference_url or ''}")
     implementation = getattr(method, "implementation", None) or type(method)
     module = importlib.import_module(implementation.__module__)
-    if module.__doc__ and CATALOG.get(name):
-        console.print(escape(module.__doc__.strip()), highlight=False)
+    if module.__doc__ and entry_for(name):
+        console.print(escape(module.__doc__.strip()), highlight=False, soft_wrap=True)
     contract = spec.contract
     console.print(f"base model: {contract.base.value}", highlight=False)
     console.print(_parameter_table(method))
@@ -53,7 +53,7 @@ def print_method(name: str) -> None:
     example = f"merge_method: {name}\nmodels:\n  - model: EXPERT\n"
     if per_model:
         example += "    parameters: {weight: 0.5}\n"
-    if contract.base.value != "forbidden":
+    if contract.base.value in ("required", "optional"):
         example += "base_model: BASE\n"
     console.print(escape(f"\nThe shortest recipe:\n\n{example}dtype: bfloat16"), highlight=False)
 

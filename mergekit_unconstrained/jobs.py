@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import click
 import torch
 import yaml
+from pydantic import ValidationError
 
 from mergekit_unconstrained import __version__, compat, present
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
@@ -27,7 +29,7 @@ from mergekit_unconstrained.config.show import print_grid
 from mergekit_unconstrained.engine import staging, starting_tables
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
-from mergekit_unconstrained.engine.plan import Plan, make_plan
+from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
 from mergekit_unconstrained.engine.starting_tables import StartKind
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.hub import record
@@ -74,7 +76,10 @@ def run_recipe(
         run(compat.run_merge, config, out, options, document.text)
         return
     if overrides:
-        document.data["parameters"] = {**(document.data.get("parameters") or {}), **overrides}
+        # Into the text, so that the recipe that is kept with the result says it too.
+        parameters = {**(document.data.get("parameters") or {}), **overrides}
+        text = yaml.safe_dump({**document.data, "parameters": parameters}, sort_keys=False)
+        document = Document.parse(text, path)
     _run_job(compat.run_merge, method, config, Path(out), options, document)
 
 
@@ -91,12 +96,20 @@ def load_recipe(path: str) -> tuple[Document, MergeConfiguration, MergeMethod]:
     except Exception as error:
         if compat.is_ours(method):
             check_recipe(document, method)  # names the place, where pydantic only names the type
-        lines = [line.strip() for line in str(error).strip().splitlines()]
-        raise RecipeError(f"{path}: {' '.join(lines[:4])}") from error
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            place = tuple(part for part in first["loc"] if part in _parts(document))
+            document.fail(place, f"{first['input']!r} will not do: {first['msg']}")
+        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
     return document, config, method
 
 
-def plan_recipe(path: str) -> Plan:
+def _parts(document: Document) -> set[str | int]:
+    """Every word and index that a place in a document may hold."""
+    return {part for place in document.lines for part in place}
+
+
+def plan_recipe(path: str, options: MergeOptions | None = None) -> Plan:
     """Check a recipe of one of our methods and say what it would do."""
     document, config, method = load_recipe(path)
     if not compat.is_ours(method):
@@ -104,7 +117,7 @@ def plan_recipe(path: str) -> Plan:
             f"{document.where(('merge_method',))}: {method.spec.name!r} is mergekit's own method; "
             "only recipes of ours can be checked and planned"
         )
-    return make_plan(document, config, method, MergeOptions())
+    return make_plan(document, config, method, options or MergeOptions())
 
 
 def starting_table(models: list[str], start: StartKind, lora_merge_cache: str | None) -> str:
@@ -127,14 +140,14 @@ def starting_table(models: list[str], start: StartKind, lora_merge_cache: str | 
         table = starting_tables.starting_table(
             start, base, experts, plan.roles, load, progress=advance
         )
-    command = " ".join(["mergekit-unconstrained coefficients init", *models, "--from", start])
+    command = "mergekit-unconstrained coefficients init " + shlex.join([*models, "--from", start])
     explanation = starting_tables.explain(start, len(experts), plan.layers)
     return starting_tables.dump_table(table, comment=f"{explanation}\n{command}")
 
 
-def show_plan(path: str, out: Path | None) -> None:
+def show_plan(path: str, out: Path | None, options: MergeOptions) -> None:
     """Print what a recipe would do, with a time measured on a sample."""
-    plan = plan_recipe(path)
+    plan = plan_recipe(path, options)
     if out is not None:
         staging.check_out(out)
     present.print_plan(plan, out, estimate_seconds(plan))
@@ -161,7 +174,7 @@ def estimate_seconds(plan: Plan) -> float:
     count = len(cells) + 1
     sample = [torch.randn(1024, 1024, generator=generator).bfloat16() for _ in range(count)]
     group = compat.TensorGroup.from_tensors(sample, base_index=0, name="sample")
-    parameters = dict(plan.shared) | {"coefficients": ""}
+    parameters = {k: v for k, v in plan.shared.items() if v != VARIES} | {"coefficients": ""}
     parameters["weight"] = [c.weight if c and c.weight is not None else 1.0 for c in cells]
     parameters["density"] = [c.density if c and c.density is not None else 1.0 for c in cells]
     known = {p.name for p in plan.method.spec.parameters}
@@ -184,11 +197,11 @@ def _run_job(
     document: Document,
 ) -> None:
     started = time.monotonic()
-    staging.check_out(out)
     plan = make_plan(document, config, method, options)
     if plan.job.dry_run:
         present.print_plan(plan, out)
         return
+    staging.check_out(out)
     staging.check_space(out, int(plan.out_bytes * 1.02))
     compat.forget_loaders()
     digests = BackgroundDigests(plan.files)
@@ -200,13 +213,14 @@ def _run_job(
                     "copy_tokenizer": options.copy_tokenizer and plan.base_has_tokenizer,
                 }
             )
-            with using(MergeContext(roles=plan.roles, allow_nan=plan.job.allow_nan)):
+            out_dtype = compat.dtype_from_name(config.out_dtype)
+            with using(MergeContext(plan.roles, plan.job.allow_nan, out_dtype)):
                 if hasattr(method, "merge_models"):
                     method.merge_models(config, str(partial), run_options, document.text)
                 else:
                     run_merge(config.model_copy(deep=True), str(partial), run_options, None)
             seconds = time.monotonic() - started
-            record.describe(plan, partial, out.name, digests, seconds, options.write_model_card)
+            record.describe(plan, partial, out.name, digests, seconds, options)
     finally:
         digests.close()
     if not options.quiet:

@@ -52,7 +52,7 @@ def size(count: int) -> str:
 def print_plan(plan: Plan, out: Path | None, seconds: float | None = None) -> None:
     """Parents, coefficients, sizes and what it will take."""
     table = Table(
-        title=f"{escape(plan.method.spec.name)} of {len(plan.experts)} experts",
+        title=f"{escape(plan.method.spec.name)} of {experts(plan)}",
         title_justify="left",
     )
     for heading in ("", "model", "tensors", "size", "weight", "density"):
@@ -91,10 +91,15 @@ def print_summary(plan: Plan, out: Path, seconds: float) -> None:
     """One line at the end of a job."""
     console.print(
         f"[bold]{escape(str(out))}[/]: {len(plan.tensors):,} tensors, {size(plan.out_bytes)}, "
-        f"{len(plan.experts)} experts merged by {escape(plan.method.spec.name)} in "
+        f"{experts(plan)} merged by {escape(plan.method.spec.name)} in "
         f"{duration(seconds)}; the card is README.md",
         highlight=False,
     )
+
+
+def experts(plan: Plan) -> str:
+    """`1 expert`, `3 experts`."""
+    return f"{len(plan.experts)} expert" + ("s" if len(plan.experts) != 1 else "")
 
 
 def span(values: Iterable[float | None]) -> str:

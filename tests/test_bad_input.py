@@ -425,3 +425,122 @@ def test_a_disk_that_fills_up_on_the_way_loses_nothing(
         refused(run(good()), "the disk is full", "run the same command again")
     assert run(good()).exit_code == 0
     assert not Path("out.partial").exists()
+
+
+# -- what a trial by a stranger brought up ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(dtype="bf16"), ["recipe.yml:", "'bf16'", "Did you mean 'bfloat16'"]),
+        (lambda r: r.update(out_dtype="int8"), ["'int8'", "float16"]),
+        (lambda r: r.update(tokenizer={"source": "bse"}), ["'bse' is no model", "'base'"]),
+        (lambda r: r.update(tokenizer_source="unoin"), ["'unoin' is no model", "'union'"]),
+        (
+            lambda r: r.update(tokenizer={"source": "base", "tokens": {"A": {"sorce": "math"}}}),
+            ["tokenizer.tokens.A.sorce", "'source'"],
+        ),
+        (lambda r: r.update(chat_template="chatl"), ["chat_template", "'chatl'"]),
+        (lambda r: r.update(modules={"defualt": {"models": r.pop("models")}}), ["'default'"]),
+        (lambda r: r["models"].append(dict(r["models"][0])), ["models[2].model", "twice"]),
+        (lambda r: r["models"][0]["parameters"].update(weight=True), ["a number, not True"]),
+        (lambda r: r.update(parameters={"operator": ["ties", "sce"]}), ["takes one value"]),
+        (lambda r: r["models"][0].update(model=3), ["recipe.yml:", "models[0].model", "3"]),
+        (lambda r: r.update(parameters={"operator": "linear"})
+         or r["models"][1]["parameters"].update(weight=-0.5), ["sum of the weights"]),
+        (
+            lambda r: r.update(out_dtype="float16", dtype="float32")
+            or r["models"][0]["parameters"].update(weight=1e9),
+            ["overflows float16"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_only_mergekit_would_trip_over_is_refused(
+    workplace: Path, change: Callable[[Recipe], object], words: list[str]
+) -> None:
+    recipe = good()
+    change(recipe)
+    refused(run(recipe), *words)
+
+
+def test_a_setting_that_only_the_expert_has_is_seen(workplace: Path) -> None:
+    edit_config("code", attention_multiplier=2.0)
+    refused(run(good()), "attention_multiplier is 2.0 in code but None")
+
+
+def test_a_renamed_word_of_the_vocabulary_is_refused(workplace: Path) -> None:
+    path = Path("code/tokenizer.json")
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["zz5"] = vocabulary.pop("A")
+    path.write_text(json.dumps(content))
+    refused(run(good()), "the tokenizers differ", "'zz5'", "'A'")
+
+
+def test_parents_in_bin_files_merge_and_are_checked_alike(workplace: Path) -> None:
+    path = Path("code/model.safetensors")
+    tensors = load_file(path)
+    path.unlink()
+    torch.save(tensors, "code/pytorch_model.bin")
+    assert run(good()).exit_code == 0
+    shutil.rmtree("out")
+    del tensors["model.norm.weight"]
+    torch.save(tensors, "code/pytorch_model.bin")
+    refused(run(good()), "code has no tensor model.norm.weight")
+    Path("code/pytorch_model.bin").write_bytes(b"\x80\x04damaged")
+    refused(run(good()), "pytorch_model.bin of code", "fetch it again")
+
+
+def test_an_output_that_cannot_be_made_is_refused_in_words(workplace: Path) -> None:
+    Path("file").write_text("x")
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
+    for out, words in (
+        ("file", "is a file"),
+        ("file/below", "cannot write"),
+        ("link", "symbolic link"),
+    ):
+        Path("recipe.yml").write_text(yaml.safe_dump(good()))
+        result = CliRunner().invoke(main, ["yaml", "recipe.yml", out])
+        assert result.exit_code == 1, result.output
+        assert words in result.output
+        assert isinstance(result.exception, SystemExit)
+
+
+def test_what_varies_over_the_tensors_is_not_told_as_one_value(workplace: Path) -> None:
+    recipe = good() | {
+        "parameters": {
+            "operator": [{"filter": "mlp", "value": "ties"}, {"value": "task_arithmetic"}],
+            "lambda": [0.5, 1.0],
+        }
+    }
+    assert run(recipe).exit_code == 0
+    card = Path("out/README.md").read_text()
+    assert "lambda = 0.5" not in card
+    assert "varies, see the recipe" in card
+
+
+def test_the_recipe_kept_with_a_result_says_what_the_command_line_said(workplace: Path) -> None:
+    edit_config("code", rms_norm_eps=1e-3)
+    assert run(good(), "--allow-nan", "--allow-crimes").exit_code == 0
+    kept = yaml.safe_load(Path("out/mergekit_config.yml").read_text())
+    assert kept["parameters"]["allow_nan"] is True
+    assert (
+        "mergekit-yaml mergekit_config.yml OUT --allow-crimes" in Path("out/README.md").read_text()
+    )
+
+
+def test_an_interrupt_leaves_nothing_in_the_way(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mergekit.io.tensor_writer as writer
+
+    def interrupt(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.TensorWriter, "finalize", interrupt)
+        assert run(good()).exit_code != 0
+    assert not Path("out.partial").exists()
+    assert not Path("out").exists()

@@ -158,7 +158,7 @@ def test_the_plan_tells_sizes_and_coefficients(here: Path, tiny_models: TinyMode
     recipe = recipe_for(tiny_models)
     recipe["models"][0]["parameters"]["weight"] = [0.1, 0.9]
     Path("recipe.yml").write_text(yaml.safe_dump(recipe))
-    output = " ".join(invoke("plan", "recipe.yml", "out").split())
+    output = " ".join(invoke("plan", "recipe.yml", "--out", "out").split())
     assert "0.1 to 0.9" in output
     assert "39 tensors, 4 layers" in output
     assert "free" in output

@@ -30,7 +30,7 @@ MEANING = (
     # scales and caps
     "attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling",
     "final_logit_softcapping", "attn_logit_softcapping", "scale_attn_by_inverse_layer_idx",
-    "tie_word_embeddings",
+    "attention_bias", "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
 
 
@@ -43,19 +43,19 @@ def check_agreement(base: Parent, expert: Parent, *, tokenizer_given: bool) -> N
             "models of one architecture (or pass --allow-crimes)"
         )
     ours, theirs = _fields(base.config), _fields(expert.config)
-    for field in ours:
-        if ours[field] == theirs.get(field, ours[field]):
+    for field in dict.fromkeys((*ours, *theirs)):
+        if ours.get(field) == theirs.get(field):
             continue
         if field == "tie_word_embeddings":
-            tied, untied = (base, expert) if ours[field] else (expert, base)
+            tied, untied = (base, expert) if ours.get(field) else (expert, base)
             raise ModelError(
                 f"{tied.name} ties its head to its embedding, {untied.name} does not: save both "
                 "the same way before merging (or pass --allow-crimes)"
             )
         raise ModelError(
-            f"{field} is {theirs[field]!r} in {expert.name} but {ours[field]!r} in the base "
-            f"{base.name}: their weights do not mean the same (to merge them all the same, pass "
-            "--allow-crimes)"
+            f"{field} is {theirs.get(field)!r} in {expert.name} but {ours.get(field)!r} in the "
+            f"base {base.name}: their weights do not mean the same (to merge them all the same, "
+            "pass --allow-crimes)"
         )
     if not tokenizer_given:
         _check_vocabulary(base, expert)
@@ -89,27 +89,38 @@ def _check_vocabulary(base: Parent, expert: Parent) -> None:
             f"{expert.name} has a vocabulary of {sizes[1]}, the base {base.name} one of "
             f"{sizes[0]}: " + HOW_TO_MERGE_VOCABULARIES
         )
-    ours, theirs = _token_ids(base), _token_ids(expert)
-    if not ours or not theirs or ours == theirs:
-        return
-    for token, index in theirs.items():
-        if ours.get(token, index) != index:
+    ours, theirs = _vocabulary(base), _vocabulary(expert)
+    known = {index: token for token, index in ours.items()}
+    added = _added_tokens(base) | _added_tokens(expert)
+    for token, index in (theirs if ours else {}).items():
+        # A fine-tune may give a reserved place a name of its own; a word's place it may not take.
+        there = known.get(index, token)
+        if ours.get(token, index) != index or (there != token and not {there, token} & added):
             raise ModelError(
-                f"the tokenizers differ: {token!r} is {index} in {expert.name} but {ours[token]} "
-                f"in the base {base.name}; {HOW_TO_MERGE_VOCABULARIES}"
+                f"the tokenizers differ: {index} is {token!r} in {expert.name} but {there!r} in "
+                f"the base {base.name}; {HOW_TO_MERGE_VOCABULARIES}"
             )
 
 
-def _token_ids(parent: Parent) -> dict[str, int]:
-    """Token -> id from tokenizer.json, empty where that file is missing or of another kind."""
+def _vocabulary(parent: Parent) -> dict[str, int]:
+    """Token -> id, added tokens included; empty without a tokenizer.json of a known kind."""
+    content = _tokenizer(parent)
+    vocabulary = content.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram models: [[piece, score], ...]
+        vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return {**vocabulary, **added}
+
+
+def _added_tokens(parent: Parent) -> set[str]:
+    return {token["content"] for token in _tokenizer(parent).get("added_tokens", [])}
+
+
+def _tokenizer(parent: Parent) -> dict[str, Any]:
     # An adapter's tokenizer is not read: mergekit applies the adapter to the model's own embedding.
     path = (parent.folder or Path("/nonexistent")) / "tokenizer.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, list):  # unigram models: [[piece, score], ...]
-            vocabulary = {piece[0]: index for index, piece in enumerate(vocabulary)}
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return {**vocabulary, **added}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}

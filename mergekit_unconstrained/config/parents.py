@@ -25,9 +25,9 @@ class TensorHeader:
 class Parent:
     """One model of a recipe.
 
-    tensors: headers by stored name, None when the weights are pickles (nothing is unpickled to
-    look). folder: where it lies locally, None when it is still on the Hub. commit: the resolved
-    commit of a Hub model that is in the local cache.
+    tensors: headers by stored name, None for pickles that are still on the Hub. folder: where it
+    lies locally, None when it is still on the Hub. commit: the resolved commit of a Hub model that
+    is in the local cache.
     """
 
     reference: ModelReference
@@ -62,11 +62,10 @@ def read_parent(reference: ModelReference, *, trust_remote_code: bool = False) -
         raise ModelError(
             f"{plain} has no weights: there is no *.safetensors or *.bin in its folder"
         )
-    tensors: dict[str, TensorHeader] | None = None
-    if all(f.suffix == ".safetensors" for f in files):
-        tensors = {}
-        for file in files:
-            tensors.update(read_header(file, str(plain)))
+    tensors: dict[str, TensorHeader] = {}
+    for file in files:
+        read = read_header if file.suffix == ".safetensors" else read_pickle
+        tensors.update(read(file, str(plain)))
     return Parent(reference, config, tensors, folder, files, adapter, _commit(folder))
 
 
@@ -112,6 +111,34 @@ def read_header(file: Path, model: str) -> dict[str, TensorHeader]:
         what = f"is cut short by {missing:,} bytes" if missing > 0 else "has bytes too many"
         raise ModelError(f"{file.name} of {model} {what}; fetch it again")
     return tensors
+
+
+def read_pickle(file: Path, model: str) -> dict[str, TensorHeader]:
+    """Names and shapes of a .bin file, by torch's restricted unpickler; no weight is read."""
+    import torch
+
+    try:
+        state = torch.load(file, map_location="meta", weights_only=True)
+        state = state.get("state_dict", state)
+        tensors = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
+    except Exception as error:
+        raise ModelError(
+            f"{file.name} of {model} cannot be read without running code from it "
+            f"({type(error).__name__}): fetch it again, or convert it to safetensors"
+        ) from error
+    return {
+        name: TensorHeader(tuple(tensor.shape), _SAFETENSORS.get(str(tensor.dtype), "F32"))
+        for name, tensor in tensors.items()
+    }
+
+
+_SAFETENSORS = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+}
+"""safetensors' name of a dtype."""
 
 
 def _local_folder(reference: ModelReference) -> Path | None:

@@ -17,6 +17,8 @@ from mergekit_unconstrained.compat import MergeMethod, ParameterScope, Parameter
 from mergekit_unconstrained.config.document import Document, Place
 from mergekit_unconstrained.config.words import suggest
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 
 class JobOptions(BaseModel):
     """What a recipe's top-level `parameters` may say to the job itself, for all our methods."""
@@ -52,6 +54,11 @@ class _Checker:
             self.document.fail((), "a recipe is a mapping with `merge_method` and `models`")
         self._keys((), data, compat.MergeConfiguration)
         self._models((), data)
+        for key in ("dtype", "out_dtype"):
+            if data.get(key) is not None and str(data[key]).removeprefix("torch.") not in DTYPES:
+                self.document.fail(
+                    (key,), f"{data[key]!r} will not do. {suggest(data[key], DTYPES)}"
+                )
         for index, definition in enumerate(self._list((), data, "slices")):
             self._slice(("slices", index), definition)
         modules = data.get("modules")
@@ -64,15 +71,21 @@ class _Checker:
             self._parameters((*place, "parameters"), module.get("parameters"), self.specs)
         if self._is_map(tokenizer := data.get("tokenizer")):
             self._keys(("tokenizer",), tokenizer, compat.TokenizerConfig)
+            for token, setting in (tokenizer.get("tokens") or {}).items():
+                self._keys(("tokenizer", "tokens", token), setting, compat.TokenEmbeddingConfig)
         return self._job_options(data.get("parameters"))
 
     # -- the parts of a recipe ---------------------------------------------------------------------
 
     def _models(self, place: Place, data: Mapping[str, Any]) -> None:
+        seen = []
         for index, definition in enumerate(self._list(place, data, "models")):
             here = (*place, "models", index)
             self._keys(here, definition, compat.InputModelDefinition)
             self._input(here, definition)
+            if definition["model"] in seen:
+                self.document.fail((*here, "model"), f"{definition['model']} is named twice")
+            seen.append(definition["model"])
 
     def _slice(self, place: Place, definition: Any) -> None:
         self._keys(place, definition, compat.OutputSliceDefinition)
@@ -161,6 +174,8 @@ class _Checker:
             conditions = [self._is_map(e) for e in setting]
             if any(conditions) and not all(conditions):
                 self.document.fail(place, "mixes plain values and `filter:` conditions")
+            if not any(conditions) and not _takes_fractions(spec):
+                self.document.fail(place, f"{spec.name!r} takes one value, not one for each layer")
             for index, element in enumerate(setting):
                 here = (*place, index)
                 if self._is_map(element):
@@ -187,7 +202,9 @@ class _Checker:
         if value is None:
             self.document.fail(place, f"{spec.name!r} has no value")
         try:
-            spec.validate(value)
+            number = spec.validate(value)
+            if isinstance(value, bool) and type(number) in (int, float):
+                self.document.fail(place, f"{spec.name!r} must be a number, not {value!r}")
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             choices = [
@@ -207,3 +224,11 @@ class _Checker:
     @staticmethod
     def _is_map(value: Any) -> bool:
         return isinstance(value, Mapping)
+
+
+def _takes_fractions(spec: ParameterSpec) -> bool:
+    """Whether values between two given ones make sense, so that a list can be a gradient."""
+    try:
+        return isinstance(spec.validate(0.5), float)
+    except ValidationError:
+        return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_unconstrained import compat
@@ -13,6 +14,7 @@ from mergekit_unconstrained.config.table import Table
 from mergekit_unconstrained.config.words import suggest
 from mergekit_unconstrained.errors import ModelError, RecipeError
 from mergekit_unconstrained.numerics.operators import OPERATORS
+from mergekit_unconstrained.numerics.sparsify import check_della
 
 if TYPE_CHECKING:
     from mergekit_unconstrained.engine.plan import Plan
@@ -25,6 +27,11 @@ def check_layers(
     parents: Mapping[str, Parent],
 ) -> None:
     """Equal depth without slices; layer ranges inside the models with them."""
+    for name in config.modules or {}:
+        if name not in architecture.modules:
+            document.fail(
+                ("modules", name), f"no such module. {suggest(name, architecture.modules)}"
+            )
     for name, module in architecture.modules.items():
         depth = {m: module.architecture.num_layers(p.config) for m, p in parents.items()}
         places: list[tuple[Place, Any]] = []
@@ -53,6 +60,36 @@ def check_layers(
         if not places and len(set(depth.values())) > 1:
             told = ", ".join(f"{m} has {d}" for m, d in depth.items())
             raise ModelError(f"the models differ in their number of layers: {told}")
+
+
+def check_tokenizer(
+    document: Document, config: MergeConfiguration, parents: Sequence[Parent]
+) -> None:
+    """Whether mergekit will find the tokenizers and the chat template that a recipe asks for."""
+    names = [p.name for p in parents]
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    place: Place = ("tokenizer", "source") if config.tokenizer else ("tokenizer_source",)
+    if source is not None:
+        if str(source) not in ("union", "base", *names) and not Path(str(source)).is_dir():
+            hint = suggest(source, ("union", "base", *names))
+            document.fail(place, f"{str(source)!r} is no model of this recipe. {hint}")
+        for parent in parents:
+            if parent.folder is not None and not has_tokenizer(parent.folder):
+                document.fail(place, f"{parent.name} has no tokenizer to build this one from")
+    if config.chat_template not in (None, "auto"):
+        try:
+            compat.check_chat_template(config)
+        except RuntimeError:
+            document.fail(
+                ("chat_template",),
+                f"{config.chat_template!r} is neither a Jinja template nor the name of one of "
+                "mergekit's",
+            )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder brings a tokenizer."""
+    return any(folder.glob("token*")) or any(folder.glob("vocab*"))
 
 
 def check_table(plan: Plan, table: Table) -> None:
@@ -92,12 +129,13 @@ def check_table(plan: Plan, table: Table) -> None:
 
 
 def check_weights(plan: Plan) -> None:
+    """Every expert has a weight for every tensor."""
     if not any(p.name == "weight" for p in plan.method.spec.parameters):
         return
     for tensor in plan.tensors:
         for model, cell in tensor.coefficients.items():
             if cell.weight is None:
-                where = plan.document.where(("models",))
+                where = plan.document.where(_place_of(plan.document, model))
                 if plan.table is not None:
                     where = plan.table.document.where(
                         ("experts", plan.table.key_for(model) or model)
@@ -108,8 +146,24 @@ def check_weights(plan: Plan) -> None:
                 )
 
 
-def check_operators(plan: Plan, operators: set[str]) -> None:
-    """Refuse settings that mean nothing to the operator: mergekit would ignore them in silence."""
+def _place_of(document: Document, model: str) -> Place:
+    """Where a recipe names a model."""
+    places = (p for p, v in walk(document.data) if p and p[-1] == "model" and v == model)
+    return next(places, ("models",))
+
+
+def check_operators(plan: Plan, tasks: list[compat.PlannedTask]) -> None:
+    """Refuse settings that the operator ignores or cannot work with.
+
+    mergekit would ignore the former in silence. Front ends that parse recipes themselves may add
+    them of their own accord, so there they are let pass.
+    """
+    operators = {str(t.parameters["operator"]) for t in tasks if "operator" in t.parameters}
+    for task, tensor in zip(tasks, plan.tensors, strict=True):
+        if task.parameters.get("operator") == "della":
+            for model, cell in tensor.coefficients.items():
+                epsilon = task.input_parameters[model]["epsilon"]
+                check_della(1.0 if cell.density is None else cell.density, epsilon)
     if not operators or plan.document.text is None:
         return
     used = frozenset().union(*(OPERATORS[o].parameters for o in operators if o in OPERATORS))

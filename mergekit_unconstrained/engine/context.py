@@ -23,11 +23,13 @@ class MergeContext:
     """The facts of the running merge.
 
     roles: output tensor name -> role; empty outside a job, where names are read by convention.
-    allow_nan: whether NaN and infinity are let through.
+    allow_nan: whether NaN and infinity are let through. out_dtype: what mergekit will cast results
+    to after the kernel, None for no cast.
     """
 
     roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
     allow_nan: bool = False
+    out_dtype: torch.dtype | None = None
 
 
 _context = MergeContext()
@@ -80,7 +82,10 @@ def finish(group: TensorGroup, result: torch.Tensor) -> torch.Tensor:
     Every operator multiplies rather than selects, so a bad entry of any input that is used reaches
     the result; one sum over the result is enough to see it.
     """
-    if _context.allow_nan or not result.is_floating_point() or bool(torch.isfinite(result.sum())):
+    if _context.allow_nan or not result.is_floating_point():
+        return result
+    written = result if _context.out_dtype is None else result.to(_context.out_dtype)
+    if bool(torch.isfinite(written.sum())):
         return result
     name = group.metadata.name or "an unnamed tensor"
     remedy = "mend or replace that model, or set `allow_nan: true` in the recipe's parameters"
@@ -91,9 +96,9 @@ def finish(group: TensorGroup, result: torch.Tensor) -> torch.Tensor:
                 f"{name} of {entry.id} holds NaN or infinity in {bad:,} of "
                 f"{entry.tensor.numel():,} entries; {remedy}"
             )
-    if not bool(torch.isfinite(result).all()):
+    if not bool(torch.isfinite(written).all()):
         raise NonFiniteError(
-            f"{name} overflows {str(result.dtype).removeprefix('torch.')} although every parent is "
-            "finite: the coefficients are too large, or set `dtype: float32` in the recipe"
+            f"{name} overflows {str(written.dtype).removeprefix('torch.')} although every parent "
+            "is finite: the coefficients are too large, or choose a wider dtype in the recipe"
         )
     return result

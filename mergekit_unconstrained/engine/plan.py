@@ -89,7 +89,7 @@ class Plan:
     def base_has_tokenizer(self) -> bool:
         """Whether mergekit can copy a tokenizer; it prints a traceback when it tries in vain."""
         folder = self.base.folder
-        return folder is None or any(folder.glob("token*")) or any(folder.glob("vocab*"))
+        return folder is None or checks.has_tokenizer(folder)
 
     @property
     def out_bytes(self) -> int:
@@ -126,6 +126,7 @@ def make_plan(
         read_parent(r, trust_remote_code=options.trust_remote_code)
         for r in (base_reference, *references)
     ]
+    checks.check_tokenizer(document, config, (base, *experts))
     tokenizer_given = bool(config.tokenizer or config.tokenizer_source)
     if not options.allow_crimes:
         for expert in experts:
@@ -145,7 +146,7 @@ def make_plan(
             {p.reference: p.tensors for p in parents.values() if p.tensors is not None},
         )
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"{document.name}: {error}") from error
+        raise RecipeError(f"{document.name}: {' '.join(str(error).split())}") from error
     table = _table(document, tasks)
     layers = max((r.layer + 1 for r in roles.values() if r.layer is not None), default=0)
     tensors = tuple(
@@ -154,16 +155,26 @@ def make_plan(
     )
     plan = Plan(
         document, config, method, job, base, tuple(experts), tensors, table, layers,
-        shared=dict(tasks[0].parameters.items()) if tasks else {},
+        shared=_shared(tasks),
     )  # fmt: skip
     checks.check_settings(plan)
-    checks.check_operators(
-        plan, {str(t.parameters["operator"]) for t in tasks if "operator" in t.parameters}
-    )
+    checks.check_operators(plan, tasks)
     if table is not None:
         checks.check_table(plan, table)
     checks.check_weights(plan)
     return plan
+
+
+VARIES = "varies, see the recipe"
+
+
+def _shared(tasks: list[compat.PlannedTask]) -> dict[str, Any]:
+    """The parameters of the whole merge; VARIES where they differ from tensor to tensor."""
+    values = dict(tasks[0].parameters.items()) if tasks else {}
+    return {
+        name: value if all(t.parameters[name] == value for t in tasks) else VARIES
+        for name, value in values.items()
+    }
 
 
 def _order(document: Document) -> Any:

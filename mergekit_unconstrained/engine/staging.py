@@ -28,9 +28,13 @@ def check_out(out: Path) -> None:
     """Refuse an output folder that holds anything, or that could not be renamed to."""
     if out.name in ("", ".."):
         raise OutputError(f"{out} is no name for an output folder: choose one such as `merged`")
+    if out.is_symlink():
+        raise OutputError(f"{out} is a symbolic link: name the folder itself")
     if out.is_dir() and not any(out.iterdir()):
         return
-    if out.exists() or out.is_symlink():
+    if out.is_file():
+        raise OutputError(f"{out} is a file: choose another name for the output folder")
+    if out.exists():
         raise OutputError(f"{out} exists and is not empty: choose another folder or remove it")
 
 
@@ -54,7 +58,10 @@ def staged(out: Path, job: str) -> Iterator[Path]:
     check_out(out)
     partial = partial_of(out)
     _clear(partial, job)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {partial}: {error.strerror}") from error
     try:
         with (partial / NOTE).open("w", encoding="utf-8") as note:
             _lock(note, partial)
@@ -65,9 +72,9 @@ def staged(out: Path, job: str) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()  # empty: check_out saw to that
         partial.rename(out)
-    except Exception as error:
-        # A merge cannot be resumed yet, so what an error leaves would only stand in the way of the
-        # mended recipe. After a kill it stays, and the next run of the same job clears it.
+    except BaseException as error:
+        # A merge cannot be resumed yet, so what an error or Ctrl-C leaves would only stand in the
+        # way of a mended recipe. After a kill it stays; the next run of the same job clears it.
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, UnconstrainedError) or not _disk_full(error):
             raise

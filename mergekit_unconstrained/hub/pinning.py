@@ -54,7 +54,7 @@ def pinned_recipe(document: Document, parents: Mapping[str, Parent], has_table: 
     text = document.text
     for (start, end), value in sorted(spans.items(), reverse=True):
         if text[start:end].strip("'\"") != value:
-            text = text[:start] + json.dumps(value) + text[end:]
+            text = text[:start] + json.dumps(value, ensure_ascii=False) + text[end:]
     return clean(text, parents)
 
 

@@ -6,23 +6,33 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
 from mergekit_unconstrained import __version__
 from mergekit_unconstrained.catalog import entry_for
+from mergekit_unconstrained.compat import MergeOptions
 from mergekit_unconstrained.config.grid import Grid, build_grid, summary
 from mergekit_unconstrained.config.parents import Parent, weight_files
-from mergekit_unconstrained.config.recipe import JobOptions
 from mergekit_unconstrained.config.table import short_name
 from mergekit_unconstrained.engine.digest import BackgroundDigests, sha256
-from mergekit_unconstrained.engine.plan import Plan
+from mergekit_unconstrained.engine.plan import VARIES, Plan
 from mergekit_unconstrained.hub import card, facts
 from mergekit_unconstrained.hub.names import display_name
 from mergekit_unconstrained.hub.pinning import TABLE, clean, pinned_recipe
 
 RECIPE = "mergekit_config.yml"  # the name that other tools look for
 HEATMAP = "coefficients.png"
+NO_TOKENIZER = "Which tokenizer to use: the base had none to copy, so this folder has none."
+CHANGING_FLAGS = (
+    "allow_crimes",
+    "unsafe_truncate_embeddings",
+    "trust_remote_code",
+    "lora_merge_dtype",
+    "random_seed",
+)
+"""mergekit's options that change what comes out, or whether it does."""
 PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
 
@@ -32,7 +42,7 @@ def describe(
     title: str,
     digests: BackgroundDigests,
     seconds: float,
-    write_card: bool,
+    options: MergeOptions,
 ) -> None:
     """Write everything but the weights into a finished output folder.
 
@@ -45,8 +55,8 @@ def describe(
     if plan.table is not None:
         table = clean(plan.table.document.text or "", parents)
         (folder / TABLE).write_text(table, encoding="utf-8")
-    if write_card:
-        found = card_facts(plan, folder, title, digests, seconds, recipe, table)
+    if options.write_model_card:
+        found = card_facts(plan, folder, title, digests, seconds, options, recipe, table)
         if found.heatmap is not None:
             from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
 
@@ -60,6 +70,7 @@ def card_facts(
     title: str,
     digests: BackgroundDigests,
     seconds: float,
+    options: MergeOptions,
     recipe: str,
     table: str | None,
 ) -> facts.CardFacts:
@@ -70,7 +81,7 @@ def card_facts(
         method=_method(plan),
         parents=tuple(_parent(p, plan, digests) for p in (plan.base, *plan.experts)),
         recipe=recipe,
-        command=f"mergekit-yaml {RECIPE} OUT",
+        command=shlex.join(["mergekit-yaml", RECIPE, "OUT", *_flags(options)]),
         versions=_versions(),
         outputs=tuple(_file(f) for f in weight_files(folder)),
         recipe_name=RECIPE,
@@ -81,6 +92,7 @@ def card_facts(
         chat_template=_has_chat_template(folder),
         dtype=", ".join(sorted({t.dtype for t in plan.tensors})),
         seconds=round(seconds, 1),
+        unknown=() if any(folder.glob("token*")) else (NO_TOKENIZER,),
     )
 
 
@@ -97,24 +109,38 @@ def grid_of(plan: Plan) -> Grid:
 def _method(plan: Plan) -> facts.Method:
     spec = plan.method.spec
     entry = entry_for(spec.name)
-    given = (plan.document.data or {}).get("parameters") or {}
-    own = {p.name for p in spec.shared_parameters} - {"operator", "coefficients"}
     operator = plan.shared.get("operator")
+    shown = {
+        p.name: _plain(plan.shared[p.name])
+        for p in spec.shared_parameters
+        if p.name not in ("operator", "coefficients") and plan.shared.get(p.name) != p.default
+    }
+    if operator == VARIES:
+        shown["operator"] = VARIES
     return facts.Method(
         name=spec.name,
         pretty_name=spec.pretty_name or spec.name,
         summary=entry.summary if entry else "",
         paper=entry.paper if entry else "",
         url=spec.reference_url or "",
-        operator=str(operator) if operator else None,
-        parameters={
-            k: _plain(v) for k, v in given.items() if k in own or k in JobOptions.model_fields
-        },
+        operator=str(operator) if operator and operator != VARIES else None,
+        parameters=shown | plan.job.model_dump(exclude_defaults=True),
     )
 
 
+def _flags(options: MergeOptions) -> list[str]:
+    """The command-line options without which the same recipe would give something else."""
+    flags = []
+    for name in CHANGING_FLAGS:
+        value = getattr(options, name)
+        if value != type(options).model_fields[name].default:
+            flag = "--" + name.replace("_", "-")
+            flags += [flag] if value is True else [flag, str(value)]
+    return flags
+
+
 def _plain(value: Any) -> str | int | float | bool | None:
-    return value if isinstance(value, (str, int, float, bool, type(None))) else json.dumps(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def _parent(parent: Parent, plan: Plan, digests: BackgroundDigests) -> facts.Parent:

@@ -37,6 +37,7 @@ from typing import Literal, get_args
 
 import torch
 
+from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.numerics import sparsify
 from mergekit_unconstrained.numerics.select import extreme_mask
 
@@ -340,4 +341,8 @@ def average(
     total = torch.zeros_like(tensors[0])
     for tensor, weight in zip(tensors, weights, strict=True):
         total.addcmul_(tensor, weight)
-    return total.div_(weights.sum()) if normalize else total
+    if not normalize:
+        return total
+    if weights.sum() == 0:
+        raise RecipeError("linear divides by the sum of the weights, which is zero here")
+    return total.div_(weights.sum())

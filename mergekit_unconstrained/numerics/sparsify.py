@@ -82,11 +82,7 @@ def magprune_mask(
         return torch.ones(magnitudes.shape, dtype=torch.bool)
     if density <= 0:
         return torch.zeros(magnitudes.shape, dtype=torch.bool)
-    if not (density - epsilon > 0 and density + epsilon < 1):
-        raise RecipeError(
-            f"della needs density - epsilon > 0 and density + epsilon < 1, not density {density:g} "
-            f"with epsilon {epsilon:g}: choose a smaller epsilon"
-        )
+    check_della(density, epsilon)
     axis = 1 if magnitudes.ndim > 1 else 0
     moved = magnitudes.movedim(axis, -1)
     rows = moved.reshape(-1, moved.shape[-1])
@@ -102,6 +98,15 @@ def magprune_mask(
         limit = torch.empty_like(order).scatter_(1, order, limit_of_rank.expand_as(order))
         np.less(lanes[block], limit.numpy(), out=mask[block])
     return torch.from_numpy(mask).reshape(moved.shape).movedim(-1, axis)
+
+
+def check_della(density: float, epsilon: float) -> None:
+    """Refuse a density and epsilon whose probabilities leave (0, 1); density 0 and 1 need none."""
+    if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+        raise RecipeError(
+            f"della needs density - epsilon > 0 and density + epsilon < 1, not density {density:g} "
+            f"with epsilon {epsilon:g}: choose a smaller epsilon"
+        )
 
 
 def rescale_factor(
