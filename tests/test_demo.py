@@ -146,53 +146,63 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{i}": i for i in range(40)}
+    words = {f"w{i}" if i != 2 else "END": i for i in range(40)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w2", pad_token="w2")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="END", pad_token="END")
 
 
-def _pairs() -> list[tuple[list[int], list[int]]]:
+def _pairs(shared: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of many lengths; all prompts begin with the same `shared` ids."""
     draw = torch.Generator().manual_seed(1)
 
     def ids(length: int) -> list[int]:
         found: list[int] = torch.randint(3, 40, (length,), generator=draw).tolist()
         return found
 
-    return [(ids(3 + i % 9), ids(1 + i % 4)) for i in range(11)]
+    beginning = ids(shared)
+    return [(beginning + ids(3 + i % 9), ids(1 + i % 4)) for i in range(11)]
 
 
-def test_log_likelihoods_agree_with_a_plain_float64_loop(model: Any) -> None:
+with_and_without_beginning = pytest.mark.parametrize("shared", [0, 7])
+
+
+@with_and_without_beginning
+def test_log_likelihoods_agree_with_a_plain_float64_loop(model: Any, shared: int) -> None:
     exact = type(model)(model.config).double().eval()
     exact.load_state_dict(model.state_dict())
     expected = []
     with torch.no_grad():
-        for asked, answer in _pairs():
+        for asked, answer in _pairs(shared):
             total = 0.0
             for i, token in enumerate(answer):
                 logits = exact(torch.tensor([asked + answer[:i]])).logits[0, -1]
                 total += (logits[token] - logits.exp().sum().log()).item()
             expected.append(total / len(answer))
-    found = evaluate.log_likelihoods(model, _pairs(), batch=4)
+    found = evaluate.log_likelihoods(model, _pairs(shared), batch=4)
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_log_likelihoods_do_not_depend_on_the_company_in_a_batch(model: Any) -> None:
-    alone = evaluate.log_likelihoods(model, _pairs(), batch=1)
-    together = evaluate.log_likelihoods(model, _pairs(), batch=11)
+@with_and_without_beginning
+def test_log_likelihoods_do_not_depend_on_the_company_in_a_batch(model: Any, shared: int) -> None:
+    alone = [evaluate.log_likelihoods(model, [pair])[0] for pair in _pairs(shared)]
+    together = evaluate.log_likelihoods(model, _pairs(shared), batch=11)
     assert together == pytest.approx(alone, abs=1e-5)
 
 
-def test_greedy_answers_do_not_depend_on_the_company_in_a_batch(model: Any, tokenizer: Any) -> None:
-    prompts = [" ".join(f"w{i}" for i in asked) for asked, _ in _pairs()]
-    counted: list[int] = []
-    alone = evaluate.greedy(model, tokenizer, prompts, 5, batch=1)
-    together = evaluate.greedy(model, tokenizer, prompts, 5, batch=11, done=counted.append)
-    assert together == alone
-    assert counted == [11]
+@with_and_without_beginning
+def test_greedy_answers_are_those_of_a_plain_loop(model: Any, tokenizer: Any, shared: int) -> None:
+    expected = []
     with torch.no_grad():
-        logits = model(torch.tensor([_pairs()[0][0]])).logits[0, -1]
-    assert alone[0].split()[0] == f"w{logits.argmax().item()}"
+        for asked, _ in _pairs(shared):
+            ids = list(asked)
+            while len(ids) < len(asked) + 5 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            expected.append(tokenizer.decode(ids[len(asked) :], skip_special_tokens=True).strip())
+    prompts = [tokenizer.decode(asked) for asked, _ in _pairs(shared)]
+    counted: list[int] = []
+    assert evaluate.greedy(model, tokenizer, prompts, 5, batch=4, done=counted.append) == expected
+    assert counted == [4, 4, 3]
 
 
 def test_standard_errors_are_those_of_the_mean() -> None:
@@ -341,7 +351,7 @@ def test_a_finished_merge_is_reused_until_its_inputs_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
-    for folder in (base, out / "recipes", out / "models", out / "state"):
+    for folder in (base, out / "models", out / "state"):
         folder.mkdir(parents=True)
     (base / "config.json").write_text("{}")
     runs: list[Path] = []
@@ -355,16 +365,17 @@ def test_a_finished_merge_is_reused_until_its_inputs_change(
 
     monkeypatch.setattr(run, "run_merge", fake)
 
-    def merge() -> None:
+    def merge_all() -> None:
         with Progress(disable=True) as progress:
-            run._merge("uniform", base, out, progress)
+            for name in run.MERGES:
+                run._merge(name, base, out, progress)
 
-    merge()
-    merge()
-    assert len(runs) == 1
+    merge_all()
+    merge_all()
+    assert len(runs) == len(run.MERGES)
     (base / "config.json").write_text('{"changed": true}')
-    merge()
-    assert len(runs) == 2
+    merge_all()
+    assert len(runs) == 2 * len(run.MERGES)
 
 
 def test_the_table_shows_every_model_and_task() -> None:
@@ -377,7 +388,7 @@ def test_the_table_shows_every_model_and_task() -> None:
     }
     labels = ["base", "uniform merge", "layer-wise merge"]
     scores = {label: dict.fromkeys(TASKS, score) for label in labels}
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(run._table(run.DemoReport(scores, "", 1.0, {})))
     text = console.export_text()
     assert all(word in text for word in (*labels, *TASKS, "-1.250 ± 0.031", "0.50 ± 0.05"))

@@ -6,7 +6,6 @@ second run, after Ctrl-C or for another look, does what is missing only.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -26,6 +26,7 @@ from rich.table import Table
 
 from mergekit_unconstrained.demo.assets import fetch_smollm2
 from mergekit_unconstrained.demo.merging import concrete_recipe, merge_command, run_merge
+from mergekit_unconstrained.demo.notes import Scores, digest, recall, remember
 from mergekit_unconstrained.demo.tasks import GENERATED, TASKS, TEST_SIZE
 from mergekit_unconstrained.engine.staging import check_space
 from mergekit_unconstrained.errors import MissingExtraError, OutputError
@@ -36,6 +37,7 @@ MERGES = ("layerwise", "uniform")
 SAMPLE_QUESTION = "What is the capital of France?"
 _NEEDED_BYTES = 1_500_000_000  # two merges and two models with their adapter applied, 269 MB each
 
+_MODEL_SUFFIXES = (".safetensors", ".json", ".jinja")
 _STEPS = len(TASKS) * (TEST_SIZE + GENERATED)  # examples scored for one model
 
 
@@ -52,7 +54,7 @@ class Subject:
 class DemoReport:
     """What the demo measured: scores[label][task], a sample of text, wall seconds of this run."""
 
-    scores: dict[str, dict[str, dict[str, float]]]
+    scores: dict[str, Scores]
     sample: str
     seconds: float
     versions: dict[str, str]
@@ -66,7 +68,7 @@ def run_demo(out: Path, console: Console) -> DemoReport:
             raise MissingExtraError(f"the demo (no {package} here)", "demo")
     out = out.resolve()
     try:
-        for folder in ("recipes", "models", "state"):
+        for folder in ("models", "state"):
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write to {out}: {error.strerror}") from error
@@ -77,7 +79,7 @@ def run_demo(out: Path, console: Console) -> DemoReport:
         merged = {name: _merge(name, base, out, progress) for name in MERGES}
         subjects = [
             Subject("base", base),
-            *(Subject(f"expert {name}", base, path) for name, path in adapters.items()),
+            *(Subject(f"LoRA {name}", base, path) for name, path in adapters.items()),
             Subject("uniform merge", merged["uniform"]),
             Subject("layer-wise merge", merged["layerwise"]),
         ]
@@ -95,14 +97,16 @@ def run_demo(out: Path, console: Console) -> DemoReport:
 
 def _merge(name: str, base: Path, out: Path, progress: Progress) -> Path:
     """One merge through mergekit-yaml, unless a finished one of the same inputs is there."""
-    recipe = concrete_recipe(resource(f"recipes/demo/{name}.yml"), base, out / "recipes")
+    task = progress.add_task(f"merging: {name}", total=100)
+    folder = out / "recipes" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = concrete_recipe(resource(f"recipes/demo/{name}.yml"), base, folder)
     experts = resource("recipes/demo/experts")
-    parents = _digest(base, experts)
+    parents = digest(base, experts)
     target, note = out / "models" / name, out / "state" / f"merge-{name}.json"
     packages = [version("mergekit"), version("mergekit-unconstrained")]
-    inputs = _digest(recipe, *sorted(recipe.parent.glob("*.yml")), parents, *packages)
-    task = progress.add_task(f"merging: {name}", total=100)
-    if _noted(note, inputs) is None or not (target / "config.json").is_file():
+    inputs = digest(folder, parents, *packages)
+    if recall(note, inputs) is None or not (target / "config.json").is_file():
         for old in (target, target.with_name(f"{name}.partial")):
             shutil.rmtree(old, ignore_errors=True)
         check_space(target, _NEEDED_BYTES)
@@ -113,29 +117,30 @@ def _merge(name: str, base: Path, out: Path, progress: Progress) -> Path:
         log = out / "state" / f"merge-{name}.log"
         # one of several bars is at 100, the merge is not done yet
         run_merge(command, log, lambda percent: progress.update(task, completed=min(percent, 99)))
-        _write_note(note, inputs, {})
+        remember(note, inputs, {})
     progress.update(task, completed=100)
     return target
 
 
-def _score(subject: Subject, out: Path, progress: Progress) -> dict[str, dict[str, float]]:
+def _score(subject: Subject, out: Path, progress: Progress) -> Scores:
     """Scores of one model on every task, unless noted for the same model, tasks and code."""
     from mergekit_unconstrained.demo import evaluate, tasks
 
     task = progress.add_task(f"evaluating: {subject.label}", total=_STEPS)
     note = out / "state" / f"score-{subject.label.replace(' ', '-')}.json"
     code = [Path(str(module.__file__)) for module in (evaluate, tasks)]
-    inputs = _digest(
-        subject.folder, subject.adapter or "", *code, version("reasoning-gym"), version("torch")
-    )
-    scores = _noted(note, inputs)
+    # a merge's card tells times, which change nothing here
+    model_files = sorted(p for p in subject.folder.iterdir() if p.suffix in _MODEL_SUFFIXES)
+    packages = [version("reasoning-gym"), version("torch")]
+    inputs = digest(*model_files, subject.adapter or "", *code, *packages)
+    scores = recall(note, inputs)
     if scores is None:
         model, tokenizer = evaluate.load(subject.folder, subject.adapter)
         found = evaluate.evaluate(
             model, tokenizer, TASKS, done=lambda count: progress.advance(task, count)
         )
         scores = {name: asdict(value) for name, value in found.items()}
-        _write_note(note, inputs, scores)
+        remember(note, inputs, scores)
     progress.update(task, completed=_STEPS)
     return scores
 
@@ -151,18 +156,22 @@ def _sample(folder: Path, progress: Progress) -> str:
     examples.append(Example(SAMPLE_QUESTION, ""))
     answers = greedy(model, tokenizer, [prompt(tokenizer, one) for one in examples], 24)
     progress.update(task, completed=1)
+    right = [f"   (right: {one.answer})" if one.answer else "" for one in examples]
     return "\n\n".join(
-        f"> {one.question}\n{answer}" for one, answer in zip(examples, answers, strict=True)
+        f"> {one.question}\n{answer}{note}"
+        for one, answer, note in zip(examples, answers, right, strict=True)
     )
 
 
 def _table(report: DemoReport) -> Table:
-    title = f"held-out: {TEST_SIZE} questions each, exact match on the first {GENERATED}"
-    table = Table(title=title, title_justify="left")
+    title = f"{TEST_SIZE} held-out questions a task, exact match on the first {GENERATED}"
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
     table.add_column("model")
     for name in TASKS:
         table.add_column(f"{name}\nnats/token ± se", justify="right")
-        table.add_column("\nexact match ± se", justify="right")
+        table.add_column("exact\nmatch ± se", justify="right")
     for label, tasks in report.scores.items():
         cells = []
         for score in tasks.values():
@@ -170,37 +179,6 @@ def _table(report: DemoReport) -> Table:
             cells.append(f"{score['exact_match']:.2f} ± {score['exact_match_se']:.2f}")
         table.add_row(label, *cells)
     return table
-
-
-def _digest(*parts: Path | str) -> str:
-    """sha256 over texts, files, and all files below folders, by content and relative name."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, str):
-            total.update(f"text {part}\n".encode())
-            continue
-        files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
-        for file in files:
-            with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            total.update(f"file {file.name} {content}\n".encode())
-    return total.hexdigest()
-
-
-def _noted(note: Path, inputs: str) -> dict[str, dict[str, float]] | None:
-    """What a finished step left, if its inputs were these."""
-    try:
-        content = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    found: dict[str, dict[str, float]] | None = content["result"]
-    return found if content["inputs"] == inputs else None
-
-
-def _write_note(note: Path, inputs: str, result: dict[str, dict[str, float]]) -> None:
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps({"inputs": inputs, "result": result}), encoding="utf-8")
-    partial.replace(note)
 
 
 @contextmanager
