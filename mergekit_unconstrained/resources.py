@@ -12,7 +12,7 @@ def resource(relative: str) -> Path:
     """The file or folder `relative` (POSIX, below the repository root), wherever it lies.
 
     A checkout (also an editable install of one) keeps it at the repository root, a wheel below
-    `mergekit_unconstrained/_data/` (`force-include` in pyproject.toml).
+    `mergekit_unconstrained/_data/` (`wheel.sources` in pyproject.toml).
     """
     checkout = _PACKAGE.parent
     if (checkout / "pyproject.toml").is_file() and (checkout / "recipes").is_dir():
