@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from mergekit_unconstrained.demo.reasoning import SKILLS, Problem
-from mergekit_unconstrained.fusion.distributions import Collected, collect, header_for
+from mergekit_unconstrained.fusion.distributions.collect import Collected, collect, header_for
+from mergekit_unconstrained.fusion.distributions.store import Store
 from mergekit_unconstrained.fusion.models import LocalModel, identity_of
 from mergekit_unconstrained.fusion.records import Conversation, Turn
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.store import Store
 
 MAX_LENGTH = 256
 MAX_NEW_TOKENS = 112  # the longest solution has 100

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from mergekit_unconstrained.fusion.data import read_conversations
+from mergekit_unconstrained.fusion.data.conversations import read_conversations
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member
 
 BYTES_PER_TOKEN = 4.2

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from mergekit_unconstrained.errors import DataError
-from mergekit_unconstrained.fusion.aligners import make_aligner
+from mergekit_unconstrained.fusion.alignment.aligners import make_aligner
+from mergekit_unconstrained.fusion.data.prepared import load_prepared
+from mergekit_unconstrained.fusion.distributions.store import Store
 from mergekit_unconstrained.fusion.models import LocalModel
-from mergekit_unconstrained.fusion.prepared import load_prepared
 from mergekit_unconstrained.fusion.records import (
     Aligner,
     Conversation,
@@ -29,7 +30,6 @@ from mergekit_unconstrained.fusion.records import (
     SparseDistributions,
 )
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.store import Store
 from mergekit_unconstrained.fusion.targets import (
     Candidate,
     fuse,

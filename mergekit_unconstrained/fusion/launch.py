@@ -19,7 +19,7 @@ import torch
 
 from mergekit_unconstrained import errors
 from mergekit_unconstrained.errors import RecipeError, UnconstrainedError
-from mergekit_unconstrained.fusion.train import Trained, TrainJob, train
+from mergekit_unconstrained.fusion.training.train import Trained, TrainJob, train
 
 FEED = "mergekit_unconstrained.fusion.feed:open_feed"
 """What opens a job's feed, module:function."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.fusion.encoding import Encoder
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.data.encoding import Encoder
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 
 @dataclass(eq=False)

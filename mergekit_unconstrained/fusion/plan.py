@@ -15,7 +15,7 @@ from mergekit_unconstrained.config.recipe import JobOptions, check_recipe
 from mergekit_unconstrained.engine.checks import has_tokenizer
 from mergekit_unconstrained.errors import DataError, ModelError, RecipeError
 from mergekit_unconstrained.fusion.settings import FusionSettings, load_settings
-from mergekit_unconstrained.fusion.training_arguments import batch_shape, check_training_block
+from mergekit_unconstrained.fusion.training.arguments import batch_shape, check_training_block
 
 UNUSED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "out_dtype")
 """Keys of a recipe that mean nothing where whole models are fused."""
@@ -104,6 +104,8 @@ def plan_fusion(
     job = check_recipe(document, method)
     if config.dtype:
         document.fail(("dtype",), "the result keeps the pivot's dtype: remove it")
+    if job.allow_nan:
+        document.fail(("parameters", "allow_nan"), "a model with NaN cannot be fused: remove it")
     pivot_reference, references = models_of(document, config, method)
     pivot, *sources = [
         read_parent(r, trust_remote_code=options.trust_remote_code)

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from mergekit_unconstrained.errors import DataError, ModelError
-from mergekit_unconstrained.fusion.aligners import Pairs, build_map, make_aligner
-from mergekit_unconstrained.fusion.collecting import CollectJob, collect_in
+from mergekit_unconstrained.fusion.alignment.aligners import Pairs, build_map, make_aligner
+from mergekit_unconstrained.fusion.alignment.quality import measure
+from mergekit_unconstrained.fusion.data.prepared import dataset_identity, load_prepared, prepare
+from mergekit_unconstrained.fusion.distributions.job import CollectJob, collect_in
+from mergekit_unconstrained.fusion.distributions.store import Store
 from mergekit_unconstrained.fusion.feed import open_feed
 from mergekit_unconstrained.fusion.launch import launch
 from mergekit_unconstrained.fusion.models import LocalModel, identity_of
 from mergekit_unconstrained.fusion.plan import FusionPlan
-from mergekit_unconstrained.fusion.prepared import dataset_identity, load_prepared, prepare
-from mergekit_unconstrained.fusion.quality import measure
 from mergekit_unconstrained.fusion.records import (
     Conversation,
     Encoded,
@@ -34,8 +35,7 @@ from mergekit_unconstrained.fusion.records import (
 )
 from mergekit_unconstrained.fusion.scores import Score, score
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.store import Store
-from mergekit_unconstrained.fusion.train import HISTORY, TrainJob
+from mergekit_unconstrained.fusion.training.train import HISTORY, TrainJob
 from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, safe
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
@@ -128,7 +128,10 @@ def collect(run: Run, data: Stage, model: LocalModel) -> Stage:
         )
         total = int(data.results["conversations"])
         with run.progress(f"distributions of {model.name}", total) as advance:
-            collect_in(job, s.processes, advance)
+            done = collect_in(job, s.processes, advance)
+        if done is not None and not done.already:  # a resumed run's clock says nothing
+            results["tokens_per_second"] = done.tokens_per_second
+            results["outside_forward"] = 1.0 - done.forward_seconds / done.seconds
         results |= _scores(Store(job.store), data)
     return stage
 

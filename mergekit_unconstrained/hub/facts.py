@@ -102,8 +102,8 @@ class Score:
 class Teacher:
     """A source of a fusion.
 
-    coverage, label_consistency: shares of the pivot's positions (fusion/alignment.py). won: share
-    of conversations whose target came from it.
+    coverage, label_consistency: shares of the pivot's positions (fusion/alignment/by_bytes.py).
+    won: share of conversations whose target came from it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

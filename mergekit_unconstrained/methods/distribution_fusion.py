@@ -10,9 +10,8 @@ FuseLLM (https://arxiv.org/abs/2401.10491) and FuseChat (https://arxiv.org/abs/2
         L     lambda CE(gold, Q) + (1 - lambda) H(P*, Q), Q the pivot being trained             (3)
     the targets that result, one per source, are merged in weight space                         (4)
 
-The base_model is the pivot. Stages: fusion/data.py, distributions.py (1), alignment.py and
-targets.py (2), losses.py and train.py (3), and a recipe of `layerwise` (4); jobs/fusing.py runs
-them.
+The base_model is the pivot. Stages, in fusion/: data/, distributions/ (1), alignment/ and
+targets.py (2), training/ (3), and a recipe of `layerwise` (4); jobs/fusing.py runs them.
 Alignment by bytes, the comparison in bits per byte and per-token winners are ours.
 """
 

@@ -144,7 +144,9 @@ def _result(manifest: dict[str, Any]) -> str:
     if kind == "distributions":
         held = found["held_out"]
         score = f", {held['bits_per_byte']:.4f} bits per byte held out" if held else ""
-        return f"{found['tokens']:,} tokens{score}"
+        speed = found.get("tokens_per_second")
+        read = f", {speed:,.0f} tokens a second read" if speed else ""
+        return f"{found['tokens']:,} tokens{score}{read}"
     if kind == "alignment":
         return (
             f"{found['coverage']:.1%} of positions covered, "

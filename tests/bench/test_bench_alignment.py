@@ -27,15 +27,20 @@ sys.path.append(str(Path(__file__).parents[1] / "fusion"))
 import parity
 from real_tokenizers import real_tokenizer
 
-from mergekit_unconstrained.fusion.alignment import ByteAligner
-from mergekit_unconstrained.fusion.byte_map import byte_map
-from mergekit_unconstrained.fusion.dtw import sequence_costs, warp
-from mergekit_unconstrained.fusion.published_maps import PairCounts, exact_map, mined_map, ms_map
-from mergekit_unconstrained.fusion.quality import measure
+from mergekit_unconstrained.fusion.alignment.by_bytes import ByteAligner
+from mergekit_unconstrained.fusion.alignment.dtw import sequence_costs, warp
+from mergekit_unconstrained.fusion.alignment.quality import measure
+from mergekit_unconstrained.fusion.alignment.warping import TokenWarper, WarpingAligner
 from mergekit_unconstrained.fusion.records import Encoded, Record, TopK
-from mergekit_unconstrained.fusion.token_texts import TokenTexts
-from mergekit_unconstrained.fusion.vocabulary import ByteTable, VocabularyMap
-from mergekit_unconstrained.fusion.warping import TokenWarper, WarpingAligner
+from mergekit_unconstrained.fusion.vocabulary.byte_map import byte_map
+from mergekit_unconstrained.fusion.vocabulary.published_maps import (
+    PairCounts,
+    exact_map,
+    mined_map,
+    ms_map,
+)
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable, VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts
 
 TEXTS = int(os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_TEXTS", "200"))
 REFERENCE_TEXTS = 6

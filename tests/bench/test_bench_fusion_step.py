@@ -73,7 +73,7 @@ def run(name: str) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mergekit_unconstrained.fusion.losses import combined
+    from mergekit_unconstrained.fusion.training.losses import combined
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_unconstrained.fusion.published_maps import exact_map
 from mergekit_unconstrained.fusion.records import Encoded, Record, TopK
-from mergekit_unconstrained.fusion.token_bytes import Spelling
-from mergekit_unconstrained.fusion.token_texts import TokenTexts
-from mergekit_unconstrained.fusion.vocabulary import VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.published_maps import exact_map
+from mergekit_unconstrained.fusion.vocabulary.tables import VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.token_bytes import Spelling
+from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts
 
 FILE = Path(__file__).parents[1] / "data" / "fusechat_parity.json.gz"
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from mergekit_unconstrained.fusion.token_bytes import LETTER_OF_BYTE
+from mergekit_unconstrained.fusion.vocabulary.token_bytes import LETTER_OF_BYTE
 from mergekit_unconstrained.resources import cache_dir
 
 FILES = {

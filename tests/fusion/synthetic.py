@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from real_tokenizers import real_tokenizer
 
-from mergekit_unconstrained.fusion.byte_map import byte_map
 from mergekit_unconstrained.fusion.records import Encoded, Ints, Record, TopK
-from mergekit_unconstrained.fusion.vocabulary import ByteTable, VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.byte_map import byte_map
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable, VocabularyMap
 
 
 @lru_cache

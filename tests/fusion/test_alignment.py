@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from synthetic import hand_table, lay, think
 
-from mergekit_unconstrained.fusion import places
-from mergekit_unconstrained.fusion.alignment import ByteAligner
-from mergekit_unconstrained.fusion.byte_map import byte_map
+from mergekit_unconstrained.fusion.alignment import places
+from mergekit_unconstrained.fusion.alignment.by_bytes import ByteAligner
 from mergekit_unconstrained.fusion.records import (
     Encoded,
     Origin,
@@ -18,7 +17,8 @@ from mergekit_unconstrained.fusion.records import (
     SparseDistributions,
     TopK,
 )
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.byte_map import byte_map
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 SOURCE = hand_table(["a", "b", "c", "ab", "abc", "abd", "x", "bx", "<eot>", "<pad>"], (8, 9))
 A, B, C, AB, ABC, ABD, X, BX, EOT, PAD = range(10)

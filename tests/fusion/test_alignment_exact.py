@@ -17,10 +17,10 @@ from synthetic import encode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mergekit_unconstrained.fusion.alignment import ByteAligner
-from mergekit_unconstrained.fusion.byte_map import byte_map
+from mergekit_unconstrained.fusion.alignment.by_bytes import ByteAligner
 from mergekit_unconstrained.fusion.records import Encoded, Origin, Record, TopK
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.byte_map import byte_map
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 LENGTH = 8
 LETTERS = "abc"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from real_tokenizers import NAMES, PAIRS, real_tokenizer
 from synthetic import encode_real, random_record, real_map, real_table
 
-from mergekit_unconstrained.fusion.alignment import ByteAligner
+from mergekit_unconstrained.fusion.alignment.by_bytes import ByteAligner
 from mergekit_unconstrained.fusion.records import Encoded, Origin, Record, TopK
 
 ALIGNERS: dict[tuple[str, str], ByteAligner] = {}

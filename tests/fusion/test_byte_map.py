@@ -11,9 +11,9 @@ from real_tokenizers import PAIRS, real_tokenizer
 from synthetic import hand_table, real_map, real_table
 
 from mergekit_unconstrained.errors import ModelError, OutputError
-from mergekit_unconstrained.fusion import byte_map as module
-from mergekit_unconstrained.fusion.byte_map import byte_map, cached_byte_map, map_report
-from mergekit_unconstrained.fusion.vocabulary import VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary import byte_map as module
+from mergekit_unconstrained.fusion.vocabulary.byte_map import byte_map, cached_byte_map, map_report
+from mergekit_unconstrained.fusion.vocabulary.tables import VocabularyMap
 
 
 def text(name: str, i: int) -> bytes:

@@ -13,7 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mergekit_unconstrained.errors import DataError
-from mergekit_unconstrained.fusion.data import DataReport, fingerprint, read_conversations
+from mergekit_unconstrained.fusion.data.conversations import (
+    DataReport,
+    fingerprint,
+    read_conversations,
+)
 from mergekit_unconstrained.fusion.records import Conversation, Turn
 from mergekit_unconstrained.fusion.settings import Columns
 

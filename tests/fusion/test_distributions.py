@@ -13,14 +13,15 @@ import torch
 from teachers import make_teacher, some_talks
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.fusion import distributions, teacher
-from mergekit_unconstrained.fusion.distributions import Collected, collect, header_for
-from mergekit_unconstrained.fusion.encoding import Encoder
+from mergekit_unconstrained.fusion.data.encoding import Encoder
+from mergekit_unconstrained.fusion.distributions import collect as distributions
+from mergekit_unconstrained.fusion.distributions import teacher
+from mergekit_unconstrained.fusion.distributions.collect import Collected, collect, header_for
+from mergekit_unconstrained.fusion.distributions.store import Store
+from mergekit_unconstrained.fusion.distributions.teacher import Teacher
 from mergekit_unconstrained.fusion.records import Conversation, Record
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.store import Store
-from mergekit_unconstrained.fusion.teacher import Teacher
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 TALKS = some_talks()
 SETTINGS = FusionSettings(collect_tokens=200)

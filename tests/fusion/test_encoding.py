@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from real_tokenizers import real_tokenizer
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.fusion.encoding import (
+from mergekit_unconstrained.fusion.data.encoding import (
     NO_RESPONSE,
     TOO_LONG,
     Encoder,
@@ -21,7 +21,7 @@ from mergekit_unconstrained.fusion.encoding import (
     fit_many,
 )
 from mergekit_unconstrained.fusion.records import Conversation, Encoded, Turn
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 KINDS = ["byte_level", "gpt2", "metaspace"]
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=60)

@@ -108,6 +108,13 @@ def test_a_second_run_takes_every_stage_as_it_is(fused: Fused) -> None:
     assert (out / weights).read_bytes() == (fused.out / weights).read_bytes()
 
 
+def test_a_manifest_says_how_fast_a_model_was_read(fused: Fused) -> None:
+    for name, manifest in stages_of(fused.out).items():
+        if name.startswith("distributions"):
+            assert manifest["results"]["tokens_per_second"] > 0
+            assert 0 < manifest["results"]["outside_forward"] < 1
+
+
 def test_another_learning_rate_trains_again_and_collects_nothing(
     fused: Fused, tmp_path: Path
 ) -> None:
@@ -178,6 +185,7 @@ def write(folder: Path, fused: Fused, change: dict[str, Any]) -> Path:
         ({"slices": [{"sources": []}]}, "slices"),
         ({"base_model": None}, "needs a `base_model`"),
         ({"dtype": "bfloat16"}, "keeps the pivot's dtype"),
+        ({"parameters": {"allow_nan": True}}, "cannot be fused"),
         ({"out_dtype": "bfloat16"}, "out_dtype"),
         ({"settings": {"columns": {"response": "reply"}}}, "reply"),
         ({"settings": {"max_length": 8}}, "max_length"),
@@ -249,8 +257,8 @@ def test_a_model_as_its_own_source_changes_no_target(fused: Fused, tmp_path: Pat
     """A source equal to the pivot gives the pivot's own next-token distributions everywhere."""
     import numpy as np
 
+    from mergekit_unconstrained.fusion.distributions.store import Store
     from mergekit_unconstrained.fusion.feed import open_feed
-    from mergekit_unconstrained.fusion.store import Store
 
     twin = tmp_path / "twin"
     shutil.copytree(fused.pivot, twin)
@@ -299,7 +307,7 @@ def test_tensor_by_tensor_front_ends_say_that_they_cannot(fused: Fused) -> None:
 
 @pytest.mark.slow
 def test_two_processes_collect_and_train_what_one_does(fused: Fused, tmp_path: Path) -> None:
-    from mergekit_unconstrained.fusion.store import Store
+    from mergekit_unconstrained.fusion.distributions.store import Store
 
     figures = {}
     for processes in (1, 2):

@@ -18,7 +18,7 @@ from train_feed import make_job, make_pivot
 
 from mergekit_unconstrained.errors import DataError
 from mergekit_unconstrained.fusion.launch import launch, run
-from mergekit_unconstrained.fusion.train import TrainJob
+from mergekit_unconstrained.fusion.training.train import TrainJob
 
 FEED = "train_feed:open_feed"
 
@@ -99,7 +99,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from mergekit_unconstrained.fusion.launch import launch
-from mergekit_unconstrained.fusion.train import TrainJob
+from mergekit_unconstrained.fusion.training.train import TrainJob
 launch(TrainJob.from_json(Path(sys.argv[1]).read_text()), 2, "train_feed:open_feed")
 """
 

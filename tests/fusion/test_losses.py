@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.fusion import losses, readout
-from mergekit_unconstrained.fusion.losses import combined, fused_ce, fused_kl, gld, uld
+from mergekit_unconstrained.fusion.training import losses, readout
+from mergekit_unconstrained.fusion.training.losses import combined, fused_ce, fused_kl, gld, uld
 
 MATCHED = ["fused_ce", "fused_kl"]
 RANKED = ["uld", "gld"]

@@ -10,8 +10,10 @@ import pytest
 from real_tokenizers import real_tokenizer
 
 from mergekit_unconstrained.errors import MissingExtraError
-from mergekit_unconstrained.fusion import published_maps
-from mergekit_unconstrained.fusion.published_maps import (
+from mergekit_unconstrained.fusion.alignment.warping import TokenWarper
+from mergekit_unconstrained.fusion.records import Encoded, Record, TopK
+from mergekit_unconstrained.fusion.vocabulary import published_maps
+from mergekit_unconstrained.fusion.vocabulary.published_maps import (
     PairCounts,
     exact_map,
     mined_map,
@@ -19,9 +21,7 @@ from mergekit_unconstrained.fusion.published_maps import (
     pair_distances,
     statistics_map,
 )
-from mergekit_unconstrained.fusion.records import Encoded, Record, TopK
-from mergekit_unconstrained.fusion.token_texts import TokenTexts, sentencepiece_decoded
-from mergekit_unconstrained.fusion.warping import TokenWarper
+from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts, sentencepiece_decoded
 
 
 def vocabulary(*tokens: str, marker: str = "▁", **special: int) -> TokenTexts:

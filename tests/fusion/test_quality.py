@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from synthetic import encode_real, hand_table, lay, random_record, real_map, real_table, think
 
-from mergekit_unconstrained.fusion.alignment import ByteAligner
-from mergekit_unconstrained.fusion.byte_map import byte_map
-from mergekit_unconstrained.fusion.quality import measure
+from mergekit_unconstrained.fusion.alignment.by_bytes import ByteAligner
+from mergekit_unconstrained.fusion.alignment.quality import measure
+from mergekit_unconstrained.fusion.vocabulary.byte_map import byte_map
 
 
 def test_the_report_counts_positions_labels_and_masses() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergekit_unconstrained.fusion.sparse import merge_duplicates
+from mergekit_unconstrained.fusion.alignment.sparse import merge_duplicates
 
 
 @pytest.mark.parametrize("rows", [0, 1, 57])

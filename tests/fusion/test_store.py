@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mergekit_unconstrained.errors import DataError, OutputError
-from mergekit_unconstrained.fusion import store as store_module
+from mergekit_unconstrained.fusion.distributions import store as store_module
+from mergekit_unconstrained.fusion.distributions.store import Store
+from mergekit_unconstrained.fusion.distributions.store_format import Header
 from mergekit_unconstrained.fusion.records import Record, TopK
-from mergekit_unconstrained.fusion.store import Store
-from mergekit_unconstrained.fusion.store_format import Header
 
 HEADER = Header("teacher", "fingerprint", 10, notes={"transformers": "5"})
 
@@ -184,7 +184,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from test_store import HEADER, some
 from pathlib import Path
-from mergekit_unconstrained.fusion.store import Store
+from mergekit_unconstrained.fusion.distributions.store import Store
 store = Store(Path(sys.argv[1]), HEADER)
 print("ready", flush=True)
 for first in range(len(store), 10 ** 6, 20):

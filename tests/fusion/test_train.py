@@ -24,9 +24,9 @@ from mergekit_unconstrained.errors import (
     OutputError,
     RecipeError,
 )
-from mergekit_unconstrained.fusion.collate import IGNORED
-from mergekit_unconstrained.fusion.train import Trained, TrainJob, train
-from mergekit_unconstrained.fusion.trainer import FusionTrainer
+from mergekit_unconstrained.fusion.training.collate import IGNORED
+from mergekit_unconstrained.fusion.training.train import Trained, TrainJob, train
+from mergekit_unconstrained.fusion.training.trainer import FusionTrainer
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +449,7 @@ def test_a_full_disk_while_the_result_is_written(
         raise OSError(28, "No space left on device")
 
     job = make_job(pivot, tmp_path / "out", max_steps=2)
-    monkeypatch.setattr("mergekit_unconstrained.fusion.train.write_target", fail)
+    monkeypatch.setattr("mergekit_unconstrained.fusion.training.train.write_target", fail)
     with pytest.raises(OutputError, match="the disk is full"):
         train(job, RandomFeed(16), None)
     assert not job.out.exists()

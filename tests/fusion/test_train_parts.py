@@ -12,12 +12,12 @@ from accelerate.data_loader import SeedableRandomSampler
 from train_feed import RandomFeed, make_job
 
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.fusion import checkpoints
-from mergekit_unconstrained.fusion.collate import IGNORED, collate
-from mergekit_unconstrained.fusion.ordering import StepSampler
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.train import TrainJob
-from mergekit_unconstrained.fusion.training_arguments import batch_shape, training_arguments
+from mergekit_unconstrained.fusion.training import checkpoints
+from mergekit_unconstrained.fusion.training.arguments import batch_shape, training_arguments
+from mergekit_unconstrained.fusion.training.collate import IGNORED, collate
+from mergekit_unconstrained.fusion.training.ordering import StepSampler
+from mergekit_unconstrained.fusion.training.train import TrainJob
 
 # -- collate --------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ import pytest
 import transformers
 from train_feed import MeasuredFeed, RandomFeed, make_job, make_pivot
 
-from mergekit_unconstrained.fusion import checkpoints, trainer
-from mergekit_unconstrained.fusion.train import TrainJob, train
+from mergekit_unconstrained.fusion.training import checkpoints, trainer
+from mergekit_unconstrained.fusion.training.train import TrainJob, train
 
 SAME = ("step", "epoch", "loss", "gold_loss", "fusion_loss", "learning_rate", "grad_norm")
 
@@ -113,7 +113,7 @@ def test_a_run_that_ended_before_its_result_was_written_only_writes_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mergekit_unconstrained.fusion.train.write_target", stop)
+        patch.setattr("mergekit_unconstrained.fusion.training.train.write_target", stop)
         with pytest.raises(KeyboardInterrupt):
             train(job, *feeds())
     assert not job.out.exists()
@@ -175,7 +175,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from train_feed import open_feed
-from mergekit_unconstrained.fusion.train import TrainJob, train
+from mergekit_unconstrained.fusion.training.train import TrainJob, train
 job = TrainJob.from_json(Path(sys.argv[1]).read_text())
 train(job, *open_feed(job.feed))
 """

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.fusion.vocabulary import ByteTable, fingerprint
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable, fingerprint
 
 TEXTS = [
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n#### 72",
@@ -364,7 +364,7 @@ def test_the_fingerprint_is_the_same_in_another_process(
     tokenizer.backend_tokenizer.save(str(file))
     program = (
         "import sys; from types import SimpleNamespace; from tokenizers import Tokenizer\n"
-        "from mergekit_unconstrained.fusion.vocabulary import fingerprint\n"
+        "from mergekit_unconstrained.fusion.vocabulary.tables import fingerprint\n"
         "backend = Tokenizer.from_file(sys.argv[1])\n"
         "print(fingerprint(SimpleNamespace(is_fast=True, backend_tokenizer=backend)))"
     )

@@ -16,9 +16,9 @@ from parity import Case
 from real_tokenizers import real_tokenizer
 
 from mergekit_unconstrained.errors import MissingExtraError
-from mergekit_unconstrained.fusion.carrying import carry
-from mergekit_unconstrained.fusion.dtw import sequence_costs, warp
-from mergekit_unconstrained.fusion.published_maps import mined_map
+from mergekit_unconstrained.fusion.alignment.carrying import carry
+from mergekit_unconstrained.fusion.alignment.dtw import sequence_costs, warp
+from mergekit_unconstrained.fusion.alignment.warping import WarpingAligner, responses
 from mergekit_unconstrained.fusion.records import (
     Encoded,
     Origin,
@@ -26,9 +26,9 @@ from mergekit_unconstrained.fusion.records import (
     SparseDistributions,
     TopK,
 )
-from mergekit_unconstrained.fusion.token_texts import TokenTexts
-from mergekit_unconstrained.fusion.vocabulary import ByteTable, VocabularyMap
-from mergekit_unconstrained.fusion.warping import WarpingAligner, responses
+from mergekit_unconstrained.fusion.vocabulary.published_maps import mined_map
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable, VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts
 
 STYLES = ["fusechat", "fusellm"]
 

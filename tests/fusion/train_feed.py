@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mergekit_unconstrained.errors import DataError
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.train import TrainJob
+from mergekit_unconstrained.fusion.training.train import TrainJob
 
 VOCABULARY = 61
 CONFIG = {

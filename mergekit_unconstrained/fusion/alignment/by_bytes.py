@@ -32,11 +32,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_unconstrained.fusion.conditioning import Continuations
-from mergekit_unconstrained.fusion.places import Block, Coverage, Index, Places, blocks
+from mergekit_unconstrained.fusion.alignment.conditioning import Continuations
+from mergekit_unconstrained.fusion.alignment.places import Block, Coverage, Index, Places, blocks
+from mergekit_unconstrained.fusion.alignment.sparse import Rows, merge_duplicates
 from mergekit_unconstrained.fusion.records import Encoded, Origin, Record, SparseDistributions
-from mergekit_unconstrained.fusion.sparse import Rows, merge_duplicates
-from mergekit_unconstrained.fusion.vocabulary import ByteTable, VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable, VocabularyMap
 
 Origins = npt.NDArray[np.uint8]
 

@@ -20,13 +20,13 @@ import numpy.typing as npt
 import torch
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.fusion.encoding import Encoder
+from mergekit_unconstrained.fusion.data.encoding import Encoder
+from mergekit_unconstrained.fusion.distributions.store import Store
+from mergekit_unconstrained.fusion.distributions.store_format import Header
+from mergekit_unconstrained.fusion.distributions.teacher import Teacher, is_out_of_memory
 from mergekit_unconstrained.fusion.records import Conversation, Encoded, Record
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.store import Store
-from mergekit_unconstrained.fusion.store_format import Header
-from mergekit_unconstrained.fusion.teacher import Teacher, is_out_of_memory
-from mergekit_unconstrained.fusion.vocabulary import versions
+from mergekit_unconstrained.fusion.vocabulary.tables import versions
 
 WINDOW = 512
 """Conversations sorted by length together."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mergekit_unconstrained.fusion.data.rendering import Unencodable
 from mergekit_unconstrained.fusion.records import Ints
-from mergekit_unconstrained.fusion.rendering import Unencodable
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 OTHER_BYTES = "the tokens do not spell the text"
 

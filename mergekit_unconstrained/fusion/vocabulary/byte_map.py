@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.fusion.vocabulary import ByteTable, VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable, VocabularyMap
 
 _FORMAT = 1
 """Counted up when the map of the same two vocabularies changes, so that cached ones are dropped."""

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from mergekit_unconstrained.fusion.distributions import Collected, collect, header_for
+from mergekit_unconstrained.fusion.data.prepared import load_prepared
+from mergekit_unconstrained.fusion.distributions.collect import Collected, collect, header_for
+from mergekit_unconstrained.fusion.distributions.store import Store
 from mergekit_unconstrained.fusion.launch import in_processes
 from mergekit_unconstrained.fusion.models import LocalModel
-from mergekit_unconstrained.fusion.prepared import load_prepared
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.store import Store
 
-COLLECT = "mergekit_unconstrained.fusion.collecting:collect_text"
+COLLECT = "mergekit_unconstrained.fusion.distributions.job:collect_text"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run(
     *,
     rank: int = 0,
     world: int = 1,
-) -> None:
+) -> Collected:
     """Collect this process's share. advance: told how many more conversations are done."""
     model = LocalModel.from_description(dict(job.model))
     train, held_out = load_prepared(job.data)
@@ -72,7 +72,7 @@ def run(
         seen = now
 
     settings = job.settings
-    collect(
+    return collect(
         model.weights,
         conversations,
         model.encoder,
@@ -85,11 +85,12 @@ def run(
     )
 
 
-def collect_in(job: CollectJob, processes: int, advance: Callable[[int], Any]) -> None:
-    """Collect in so many processes on this machine and wait for them."""
+def collect_in(
+    job: CollectJob, processes: int, advance: Callable[[int], Any]
+) -> Collected | None:
+    """Collect in so many processes on this machine and wait; what was done, of a single one."""
     if processes == 1:
-        run(job, advance)
-        return
+        return run(job, advance)
     Store(job.store).sweep()  # of what killed writers left, before several write at once
     store, seen = Store(job.store), 0
 
@@ -101,6 +102,7 @@ def collect_in(job: CollectJob, processes: int, advance: Callable[[int], Any]) -
 
     cpu = not torch.accelerator.is_available()
     in_processes(job.to_json(), COLLECT, processes=processes, cpu=cpu, meanwhile=look)
+    return None
 
 
 def collect_text(text: str) -> None:

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_unconstrained.errors import MissingExtraError
-from mergekit_unconstrained.fusion.dtw import edit_distances
+from mergekit_unconstrained.fusion.alignment.dtw import edit_distances
+from mergekit_unconstrained.fusion.alignment.warping import Style, TokenWarper, responses
 from mergekit_unconstrained.fusion.records import Encoded, Ints, Record
-from mergekit_unconstrained.fusion.token_texts import TokenTexts
-from mergekit_unconstrained.fusion.vocabulary import VocabularyMap
-from mergekit_unconstrained.fusion.warping import Style, TokenWarper, responses
+from mergekit_unconstrained.fusion.vocabulary.tables import VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts
 
 _CHUNK_CELLS = 1 << 23
 """Distances held at a time by `mined_map` (32 MiB)."""

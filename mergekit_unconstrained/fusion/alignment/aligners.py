@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from mergekit_unconstrained.fusion import published_maps
-from mergekit_unconstrained.fusion.alignment import ByteAligner
-from mergekit_unconstrained.fusion.byte_map import cached_byte_map, map_report
+from mergekit_unconstrained.fusion.alignment.by_bytes import ByteAligner
+from mergekit_unconstrained.fusion.alignment.warping import TokenWarper, WarpingAligner
 from mergekit_unconstrained.fusion.models import LocalModel
 from mergekit_unconstrained.fusion.records import Aligner, Encoded, Record
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.token_texts import TokenTexts
-from mergekit_unconstrained.fusion.vocabulary import VocabularyMap
-from mergekit_unconstrained.fusion.warping import TokenWarper, WarpingAligner
+from mergekit_unconstrained.fusion.vocabulary import published_maps
+from mergekit_unconstrained.fusion.vocabulary.byte_map import cached_byte_map, map_report
+from mergekit_unconstrained.fusion.vocabulary.tables import VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts
 
 MAP = "vocabulary.npz"
 

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.fusion.ranked import gld_rows, uld_rows
-from mergekit_unconstrained.fusion.readout import Readout, read, top_columns
 from mergekit_unconstrained.fusion.settings import LossName
+from mergekit_unconstrained.fusion.training.ranked import gld_rows, uld_rows
+from mergekit_unconstrained.fusion.training.readout import Readout, read, top_columns
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,13 +25,13 @@ from mergekit_unconstrained.errors import (
     RecipeError,
     UnconstrainedError,
 )
-from mergekit_unconstrained.fusion import checkpoints
-from mergekit_unconstrained.fusion.collate import Item
-from mergekit_unconstrained.fusion.pivot import load_trainable, write_target
 from mergekit_unconstrained.fusion.settings import FusionSettings
-from mergekit_unconstrained.fusion.trainer import FusionTrainer
-from mergekit_unconstrained.fusion.training_arguments import settings_refused, training_arguments
-from mergekit_unconstrained.fusion.training_bar import TrainingBar, only_bar
+from mergekit_unconstrained.fusion.training import checkpoints
+from mergekit_unconstrained.fusion.training.arguments import settings_refused, training_arguments
+from mergekit_unconstrained.fusion.training.bar import TrainingBar, only_bar
+from mergekit_unconstrained.fusion.training.collate import Item
+from mergekit_unconstrained.fusion.training.pivot import load_trainable, write_target
+from mergekit_unconstrained.fusion.training.trainer import FusionTrainer
 
 HISTORY = "history.json"
 

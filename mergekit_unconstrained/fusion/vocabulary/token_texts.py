@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 SENTENCEPIECE_SPACE = "▁"
 BYTE_LEVEL_SPACE = "Ġ"

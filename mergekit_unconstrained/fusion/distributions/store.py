@@ -20,8 +20,13 @@ import pyarrow.parquet as pq
 
 from mergekit_unconstrained.engine.staging import disk_full
 from mergekit_unconstrained.errors import DataError, OutputError
+from mergekit_unconstrained.fusion.distributions.store_format import (
+    PARQUET,
+    Group,
+    Header,
+    table_of,
+)
 from mergekit_unconstrained.fusion.records import Record
-from mergekit_unconstrained.fusion.store_format import PARQUET, Group, Header, table_of
 
 GROUP_TOKENS = 1 << 14
 """Response tokens in a row group: what is decoded to read one conversation."""

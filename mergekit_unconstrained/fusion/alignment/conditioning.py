@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_unconstrained.fusion.places import Coverage, Flags, Index
+from mergekit_unconstrained.fusion.alignment.places import Coverage, Flags, Index
 from mergekit_unconstrained.fusion.records import Ints
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 _UNKNOWN = -2
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mergekit_unconstrained.engine.files import replacing
-from mergekit_unconstrained.fusion.data import DataReport, read_conversations
-from mergekit_unconstrained.fusion.encoding import fit_many
+from mergekit_unconstrained.fusion.data.conversations import DataReport, read_conversations
+from mergekit_unconstrained.fusion.data.encoding import fit_many
 from mergekit_unconstrained.fusion.models import LocalModel
 from mergekit_unconstrained.fusion.records import Conversation, Turn
 from mergekit_unconstrained.fusion.settings import FusionSettings

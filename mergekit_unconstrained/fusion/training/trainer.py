@@ -20,11 +20,11 @@ import transformers
 from torch.utils.data import Dataset, Sampler
 
 from mergekit_unconstrained.errors import NonFiniteError
-from mergekit_unconstrained.fusion import losses
-from mergekit_unconstrained.fusion.checkpoints import mark_complete
-from mergekit_unconstrained.fusion.collate import Item, collate
-from mergekit_unconstrained.fusion.ordering import StepSampler, lengths_of
 from mergekit_unconstrained.fusion.settings import FusionSettings
+from mergekit_unconstrained.fusion.training import losses
+from mergekit_unconstrained.fusion.training.checkpoints import mark_complete
+from mergekit_unconstrained.fusion.training.collate import Item, collate
+from mergekit_unconstrained.fusion.training.ordering import StepSampler, lengths_of
 
 Batch = dict[str, torch.Tensor]
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from mergekit_unconstrained.errors import ModelError
+from mergekit_unconstrained.fusion.data.rendering import Rendered, Renderer, Unencodable
+from mergekit_unconstrained.fusion.data.spelling import spell
 from mergekit_unconstrained.fusion.records import Conversation, Encoded, Ints, Turn
-from mergekit_unconstrained.fusion.rendering import Rendered, Renderer, Unencodable
-from mergekit_unconstrained.fusion.spelling import spell
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 __all__ = ["Encoder", "Unencodable", "fit", "fit_many"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from mergekit_unconstrained.fusion.alignment.sparse import merge_duplicates
 from mergekit_unconstrained.fusion.records import (
     Floats,
     Ints,
@@ -12,7 +13,6 @@ from mergekit_unconstrained.fusion.records import (
     SparseDistributions,
     TopK,
 )
-from mergekit_unconstrained.fusion.sparse import merge_duplicates
 
 
 def carry(

@@ -28,8 +28,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mergekit_unconstrained.fusion.carrying import carry
-from mergekit_unconstrained.fusion.dtw import sequence_costs, warp
+from mergekit_unconstrained.fusion.alignment.carrying import carry
+from mergekit_unconstrained.fusion.alignment.dtw import sequence_costs, warp
 from mergekit_unconstrained.fusion.records import (
     Encoded,
     Ints,
@@ -37,8 +37,8 @@ from mergekit_unconstrained.fusion.records import (
     Record,
     SparseDistributions,
 )
-from mergekit_unconstrained.fusion.token_texts import TokenTexts
-from mergekit_unconstrained.fusion.vocabulary import VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.tables import VocabularyMap
+from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts
 
 Style = Literal["fusechat", "fusellm"]
 

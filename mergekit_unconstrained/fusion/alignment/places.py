@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_unconstrained.fusion.records import Encoded, Floats, Ints, Record, TopK
-from mergekit_unconstrained.fusion.vocabulary import ByteTable
+from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
 _POSITIONS = 32768
 """Worked on at a time: enough to make light of the calls, few enough for the processor's cache."""

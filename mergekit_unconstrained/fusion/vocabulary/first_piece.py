@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_unconstrained.fusion.token_bytes import LETTER_OF_BYTE, Spelling
+from mergekit_unconstrained.fusion.vocabulary.token_bytes import LETTER_OF_BYTE, Spelling
 
 
 class Segmenter:

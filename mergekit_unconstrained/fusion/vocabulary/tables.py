@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_unconstrained.errors import ModelError, OutputError
-from mergekit_unconstrained.fusion import token_bytes
-from mergekit_unconstrained.fusion.first_piece import Segmenter, longest_prefix
 from mergekit_unconstrained.fusion.records import Ints
+from mergekit_unconstrained.fusion.vocabulary import token_bytes
+from mergekit_unconstrained.fusion.vocabulary.first_piece import Segmenter, longest_prefix
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_unconstrained.errors import DataError
-from mergekit_unconstrained.fusion.columns import Layout, UnusableRowError, recognise
+from mergekit_unconstrained.fusion.data.columns import Layout, UnusableRowError, recognise
+from mergekit_unconstrained.fusion.data.rows import NOT_UTF8, read_rows
 from mergekit_unconstrained.fusion.records import Conversation
-from mergekit_unconstrained.fusion.rows import NOT_UTF8, read_rows
 from mergekit_unconstrained.fusion.settings import Columns
 
 FIRST_FEW = 10

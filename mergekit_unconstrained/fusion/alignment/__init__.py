@@ -1,0 +1,1 @@
+"""A source's distributions at the pivot's positions."""

@@ -1,0 +1,1 @@
+"""What the teachers say: collected, stored, read back."""

@@ -1,0 +1,1 @@
+"""The pivot, trained on gold tokens and fused targets."""

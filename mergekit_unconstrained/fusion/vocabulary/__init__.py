@@ -1,0 +1,1 @@
+"""Tokenizers as tables of bytes, and maps from one vocabulary to another."""
