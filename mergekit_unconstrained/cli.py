@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from mergekit_unconstrained import __version__
+from mergekit_unconstrained.cli_evaluation import evaluate, select
+from mergekit_unconstrained.cli_search import search
 
 MERGEKIT_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """For commands that pass mergekit-yaml's own options on to mergekit."""
@@ -72,6 +74,11 @@ def plan(ctx: click.Context, recipe: str, out: Path | None) -> None:
     """Show what RECIPE would do: parents, coefficients, sizes, disk, memory, time."""
     jobs = _jobs()
     jobs.show_plan(recipe, out, _merge_options(ctx.args))
+
+
+main.add_command(evaluate)
+main.add_command(select)
+main.add_command(search)
 
 
 @main.command()

@@ -112,6 +112,7 @@ __all__ = [
     "renamed",
     "run_merge",
     "stored_name",
+    "stored_tensors",
     "tensor_loader",
 ]
 
@@ -271,13 +272,15 @@ def check_chat_template(config: MergeConfiguration) -> None:
 class PlannedTask:
     """What mergekit's planner decided for one output tensor.
 
-    inputs and input_parameters are keyed by the model as the recipe writes it.
+    inputs and input_parameters are keyed by the model as the recipe writes it. execute: merges the
+    inputs' tensors, keyed likewise, as mergekit's executor would.
     """
 
     output: WeightInfo
     inputs: Mapping[str, WeightInfo]
     parameters: Mapping[str, Any]
     input_parameters: Mapping[str, Mapping[str, Any]]
+    execute: Callable[[Mapping[str, torch.Tensor]], torch.Tensor | None]
 
 
 def plan_tasks(
@@ -319,6 +322,9 @@ def _planned(merge: Any) -> PlannedTask:
         input_parameters={
             str(model): dict(values.items()) for model, values in merge.input_parameters.items()
         },
+        execute=lambda tensors: merge.execute(
+            {m: tensors[str(m)] for m in gather.weight_info if str(m) in tensors}
+        ),
     )
 
 
@@ -342,6 +348,16 @@ def tensor_loader(options: MergeOptions) -> Callable[[str, str], torch.Tensor | 
         return loader.get_tensor(stored or name, raise_on_missing=False)
 
     return load
+
+
+def stored_tensors(options: MergeOptions) -> Callable[[str, str], torch.Tensor]:
+    """A function (model as in a recipe, name in its file) -> tensor, through the lazy loader.
+
+    Adapters must have been applied into options.lora_merge_cache.
+    """
+    cache = LoaderCache()
+    cache.setup(options)
+    return lambda model, stored: cache.get(ModelReference.parse(model)).get_tensor(stored)
 
 
 def forget_loaders() -> None:

@@ -31,6 +31,7 @@ from mergekit_unconstrained.fusion.stages import Run
 from mergekit_unconstrained.fusion.workdir import WorkDir, hashed
 from mergekit_unconstrained.hub import fusion_record
 from mergekit_unconstrained.jobs.weights import RunMerge, apply_adapters, merge_into
+from mergekit_unconstrained.present import bars
 from mergekit_unconstrained.present import fusion as display
 
 STEPS = ("collect", "align", "target", "train", "merge")
@@ -112,7 +113,7 @@ def located(plan: FusionPlan, options: MergeOptions, work: WorkDir) -> Run:
         pivot=models[0],
         sources=tuple(models[1:]),
         work=work,
-        progress=display.quiet if options.quiet else display.progress,
+        progress=bars.quiet if options.quiet else bars.progress,
         quiet=options.quiet,
     )
 

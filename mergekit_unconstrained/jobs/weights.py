@@ -54,8 +54,13 @@ def run_job(
     out: Path,
     options: MergeOptions,
     document: Document,
+    *,
+    finishing: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Carry out a recipe of a tensor method; OUT appears when it is complete."""
+    """Carry out a recipe of a tensor method; OUT appears when it is complete.
+
+    finishing: may add files to the finished folder before it gets its name.
+    """
     started = time.monotonic()
     plan = make_plan(document, config, method, options)
     if plan.job.dry_run:
@@ -69,6 +74,7 @@ def run_job(
             merge_into(partial, run_merge, plan, options)
             seconds = time.monotonic() - started
             record.describe(plan, partial, out.name, digests, seconds, options)
+            finishing(partial)
     finally:
         digests.close()
     if not options.quiet:

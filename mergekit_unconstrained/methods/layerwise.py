@@ -94,14 +94,14 @@ def layerwise(
                 model=model,
             )
         )
-    settings = Settings(
-        operator=operator,
-        lambda_=lambda_,
-        normalize=None if normalize == "auto" else normalize == "true",
-        rescale=None if rescale == "auto" else rescale,
-        select_topk=select_topk,
-        seed=seed,
-        name=name,
-        dtype=getattr(torch, precision),
-    )
+    shared = {
+        "operator": operator,
+        "lambda": lambda_,
+        "normalize": normalize,
+        "rescale": rescale,
+        "select_topk": select_topk,
+        "seed": seed,
+        "precision": precision,
+    }
+    settings = Settings.of(name, shared)
     return finish(group, merge(group.base.tensor, experts, settings))

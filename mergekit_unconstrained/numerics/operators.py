@@ -39,9 +39,9 @@ a product of bool and float takes torch four times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -110,12 +110,24 @@ assert tuple(OPERATORS) == get_args(OperatorName)
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What the first pass found for one expert: s_i = factor * d_i where mask is not False.
+
+    mask: [n] bool, None where every entry is kept.
+    """
+
+    mask: torch.Tensor | None = None
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class Expert:
     """One expert's share in one tensor.
 
     tensor: T_i, any float dtype, the shape of the base. weight: w_i. density: fraction of entries
     kept. gamma: fraction of outliers dropped (breadcrumbs). epsilon: half-width of the keeping
-    probability (della). model: its name, which keys its random masks.
+    probability (della). model: its name, which keys its random masks. kept: what the first pass
+    would find, where that is known already.
     """
 
     tensor: torch.Tensor
@@ -124,6 +136,7 @@ class Expert:
     gamma: float = 0.01
     epsilon: float = 0.15
     model: str = ""
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -143,16 +156,20 @@ class Settings:
     name: str = ""
     dtype: torch.dtype = torch.float32
 
-
-@dataclass(frozen=True)
-class Kept:
-    """What the first pass found for one expert: s_i = factor * d_i where mask is not False.
-
-    mask: [n] bool, None where every entry is kept.
-    """
-
-    mask: torch.Tensor | None = None
-    factor: float = 1.0
+    @classmethod
+    def of(cls, name: str, parameters: Mapping[str, Any]) -> Settings:
+        """For one tensor, from the parameters of a recipe of `layerwise` (validated)."""
+        normalize, rescale = parameters["normalize"], parameters["rescale"]
+        return cls(
+            operator=parameters["operator"],
+            lambda_=parameters["lambda"],
+            normalize=None if normalize == "auto" else normalize == "true",
+            rescale=None if rescale == "auto" else rescale,
+            select_topk=parameters["select_topk"],
+            seed=parameters["seed"],
+            name=name,
+            dtype=getattr(torch, parameters["precision"]),
+        )
 
 
 CHUNK = 1 << 15
@@ -175,7 +192,7 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
     if operator.keep == "variance":
         kept, shares = select(base, experts, settings, dtype)
     else:
-        kept = [keep(base, e, settings, dtype) for e in experts]
+        kept = [e.kept or keep(base, e, settings, dtype) for e in experts]
     if operator.combine == "weigh":
         squares = [e.weight**2 * squared_change(e.tensor, base) for e in experts]
         shares = shares.new_tensor(energy(squares))

@@ -28,9 +28,13 @@ def magnitude_mask(magnitudes: torch.Tensor, density: float) -> torch.Tensor:
     Keeps max(1, floor(density * n)) of n entries for density in (0, 1), as mergekit does; none for
     density <= 0.
     """
-    n = magnitudes.numel()
-    k = n if density >= 1 else 0 if density <= 0 else max(1, int(density * n))
+    k = kept_count(magnitudes.numel(), density)
     return extreme_mask(magnitudes.reshape(-1), k, largest=True).reshape(magnitudes.shape)
+
+
+def kept_count(n: int, density: float) -> int:
+    """How many of n entries `magnitude_mask` keeps."""
+    return n if density >= 1 else 0 if density <= 0 else max(1, int(density * n))
 
 
 def outlier_mask(magnitudes: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
@@ -39,15 +43,20 @@ def outlier_mask(magnitudes: torch.Tensor, density: float, gamma: float) -> torc
     Keeps floor(density * n) entries; when density + gamma > 1 fewer outliers are removed, so that
     the density holds (mergekit's rule). Everything is kept at density >= 1.
     """
-    n = magnitudes.numel()
     if density >= 1:
         return torch.ones_like(magnitudes, dtype=torch.bool)
-    keep = int(density * n)
-    smallest = max(0, n - keep - int(gamma * n))
+    first, end = kept_span(magnitudes.numel(), density, gamma)
     flat = magnitudes.reshape(-1)
-    upper = extreme_mask(flat, smallest + keep, largest=False)
-    lower = extreme_mask(flat, smallest, largest=False)
+    upper = extreme_mask(flat, end, largest=False)
+    lower = extreme_mask(flat, first, largest=False)
     return upper.logical_xor_(lower).reshape(magnitudes.shape)
+
+
+def kept_span(n: int, density: float, gamma: float) -> tuple[int, int]:
+    """The ranks, from the smallest magnitude, that `outlier_mask` keeps: first <= rank < end."""
+    keep = int(density * n)
+    first = max(0, n - keep - int(gamma * n))
+    return first, first + keep
 
 
 def random_mask(

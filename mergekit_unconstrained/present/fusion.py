@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,6 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.tree import Tree
 
@@ -41,16 +32,6 @@ def _count(number: float) -> str:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with counts and the time left; a spinner where the total is not known (0)."""
-    known = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) if total else ()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), *known, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(escape(what), total=total or None)
-        yield lambda count: bar.advance(task, count)
-
-
-@contextmanager
 def without_other_bars() -> Iterator[None]:
     """Keep transformers' own progress bars, one for every model that is loaded, out of ours."""
     from transformers.utils import logging
@@ -62,12 +43,6 @@ def without_other_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def quiet(what: str, total: int) -> Iterator[Callable[[int], None]]:  # noqa: ARG001
-    """`progress` that shows nothing."""
-    yield lambda _: None
 
 
 def warn(message: str) -> None:

@@ -85,9 +85,7 @@ def run(
     )
 
 
-def collect_in(
-    job: CollectJob, processes: int, advance: Callable[[int], Any]
-) -> Collected | None:
+def collect_in(job: CollectJob, processes: int, advance: Callable[[int], Any]) -> Collected | None:
     """Collect in so many processes on this machine and wait; what was done, of a single one."""
     if processes == 1:
         return run(job, advance)

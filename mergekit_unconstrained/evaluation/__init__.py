@@ -1,0 +1,1 @@
+"""What a model can do, measured: tasks, scores of their examples, statistics of the scores."""

@@ -1,0 +1,136 @@
+"""Messages as the tokens a model reads, and where its answer begins and ends.
+
+With a chat template: the template's text with the beginning of the assistant's turn; the template
+writes every special token itself. Without one: the messages' contents joined by newlines, behind
+the tokenizer's own beginning (a <s>, where it sets one). The answer follows directly.
+
+An answer's tokens are those of "prompt + answer" tokenised together, behind the tokens of the
+prompt. Only where the two together begin with other tokens than the prompt alone (a token would
+straddle the boundary) is the answer tokenised by itself: what a model generates never straddles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mergekit_unconstrained.errors import ModelError
+from mergekit_unconstrained.evaluation.records import Message
+
+_MARK = "zqanswerqz"
+
+
+class Pair(NamedTuple):
+    """Token ids of a prompt (never empty) and of an answer to it."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class Prompts:
+    """How one model reads messages.
+
+    name: of the model, for messages. ends: where the model's own settings stop a generation: one
+    id, several or None.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, ends: int | Sequence[int] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+        listed = ends if isinstance(ends, Sequence) else [ends]
+        self._listed = [tokenizer.eos_token_id, *listed]
+        self._turn_end: int | None = None
+        self._turn_end_sought = False
+
+    def text(self, messages: Sequence[Message], chat: bool | None) -> str:
+        """The prompt up to where the answer begins; ModelError when there is no template for it."""
+        if not self._templated(chat):
+            return "\n".join(message.content for message in messages)
+        return self._template([{"role": m.role, "content": m.content} for m in messages])
+
+    def ids(self, messages: Sequence[Message], chat: bool | None) -> list[int]:
+        """The prompt's tokens."""
+        return self._prompt(self.text(messages, chat), chat)
+
+    def with_answer(
+        self, messages: Sequence[Message], answer: str, chat: bool | None, end: bool
+    ) -> Pair:
+        """Prompt and answer. end: with the end of turn behind it, where the model has one."""
+        text = self.text(messages, chat)
+        prompt = self._prompt(text, chat)
+        whole = self._prompt(text + answer, chat)
+        if whole[: len(prompt)] == prompt:
+            said = whole[len(prompt) :]
+        else:
+            said = self._encode(answer, special=False)
+        last = self._end(chat) if end else None
+        return Pair(prompt, said if last is None else [*said, last])
+
+    def ends(self, chat: bool | None) -> frozenset[int]:
+        """Tokens at which an answer is over."""
+        found = {*self._listed, self._end(chat)}
+        return frozenset(i for i in found if isinstance(i, int))
+
+    def _prompt(self, text: str, chat: bool | None) -> list[int]:
+        found = self._encode(text, special=not self._templated(chat))
+        if found:
+            return found
+        # the first token of an answer must follow something
+        first = self._tokenizer.bos_token_id
+        first = self._tokenizer.eos_token_id if first is None else first
+        if first is None:
+            raise ModelError(
+                f"{self._name}: a prompt has no tokens, and the tokenizer no beginning"
+            )
+        return [first]
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        eos = self._tokenizer.eos_token
+        if special and ids and eos and ids[-1] == self._tokenizer.eos_token_id:
+            # some tokenizers end every text; an answer cannot follow an end
+            return ids if text.endswith(eos) else ids[:-1]
+        return ids
+
+    def _templated(self, chat: bool | None) -> bool:
+        has = bool(getattr(self._tokenizer, "chat_template", None))
+        if chat and not has:
+            raise ModelError(
+                f"the tokenizer of {self._name} has no chat template: use `chat: auto` or "
+                "`chat: false`"
+            )
+        return has if chat is None else chat
+
+    def _template(self, messages: list[dict[str, str]], begin: bool = True) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=begin, tokenize=False
+            )
+        except Exception as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise ModelError(
+                f"the chat template of {self._name} refuses messages of {roles} "
+                f"({' '.join(str(error).split())[:200]}): leave out `system`, or use `chat: false`"
+            ) from error
+        return text
+
+    def _end(self, chat: bool | None) -> int | None:
+        """The token that ends an answer: what the template writes behind it, else the tokenizer's
+        end of text."""
+        eos: int | None = self._tokenizer.eos_token_id
+        if not self._templated(chat):
+            return eos
+        if not self._turn_end_sought:
+            self._turn_end_sought = True
+            self._turn_end = self._written_end()
+        return eos if self._turn_end is None else self._turn_end
+
+    def _written_end(self) -> int | None:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        try:
+            _, found, after = self._template(turns, begin=False).partition(_MARK)
+        except ModelError:
+            return None
+        ids = self._encode(after.lstrip(), special=False) if found else []
+        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
+        return ids[0] if ids and ids[0] in special else None

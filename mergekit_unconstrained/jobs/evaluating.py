@@ -1,0 +1,140 @@
+"""`evaluate`: models one after another on the tasks of a file, one table, a file for each example.
+
+DIR/scores.json, scores.csv, table.md       after every model, of all models so far
+DIR/examples/MODEL/TASK.jsonl               what was asked, wanted, said and scored
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergekit_unconstrained import __version__
+from mergekit_unconstrained.errors import DataError, ModelError, OutputError
+from mergekit_unconstrained.evaluation.cache import ScoreCache
+from mergekit_unconstrained.evaluation.records import SPLITS, Example, Scored, Split
+from mergekit_unconstrained.evaluation.run import Results, evaluate, wanted
+from mergekit_unconstrained.evaluation.settings import load_tasks
+from mergekit_unconstrained.evaluation.subject import Subject
+from mergekit_unconstrained.evaluation.task import Task
+from mergekit_unconstrained.present import evaluation as display
+
+
+def evaluate_models(
+    models: Sequence[str],
+    tasks_file: str | Path,
+    *,
+    split: Split = "test",
+    limit: int | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_code: bool = False,
+) -> list[Results]:
+    """Score models on tasks, print one table and save it where `out` says.
+
+    Everything that can be read without a model is read first. Any error of the tree; never one for
+    a single example, whose failure is told in the table.
+    """
+    if not models:
+        raise ModelError("name at least one model")
+    repeated = sorted({model for model in models if models.count(model) > 1})
+    if repeated:
+        raise ModelError(f"{repeated[0]} is named twice")
+    if split not in SPLITS:
+        raise DataError(f"there is no {split!r} split: choose one of {', '.join(SPLITS)}")
+    tasks = load_tasks(tasks_file, allow_code=allow_code)
+    total = sum(len(wanted(task, split, limit)) for task in tasks)
+    known = None if cache is None else ScoreCache(cache)
+    if out is not None:
+        _make(out)
+    found: list[Results] = []
+    with display.example_progress(total * len(models)) as (advance, tell):
+        for name in models:
+            tell(f"loading {_short(name)}")
+            subject = Subject.load(name, dtype=dtype, device=device, batch_size=batch_size)
+            tell(_short(name))
+            found.append(evaluate(subject, tasks, split, known, limit, advance))
+            del subject
+            gc.collect()  # models hold themselves; before the next one is loaded
+            if out is not None:
+                _save(found, tasks, limit, out)
+    display.print_results(found)
+    if out is not None:
+        display.console.print(f"saved in {out}", highlight=False, markup=False)
+    return found
+
+
+def folder_names(models: Sequence[str]) -> dict[str, str]:
+    """A folder for each model, by the end of its name."""
+    return _unique({model: _short(model) for model in models})
+
+
+def _unique(names: Mapping[str, str]) -> dict[str, str]:
+    """Names fit for files, of equal ones all but the first numbered."""
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        plain = chosen = re.sub(r"[^\w.+@-]+", "_", name).strip("._") or "unnamed"
+        number = 2
+        while chosen.casefold() in (other.casefold() for other in found.values()):
+            chosen, number = f"{plain}-{number}", number + 1
+        found[key] = chosen
+    return found
+
+
+def _save(results: Sequence[Results], tasks: Sequence[Task], limit: int | None, out: Path) -> None:
+    scores = {"mergekit_unconstrained": __version__, **display.data(results)}
+    _write(out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    _write(out / "scores.csv", display.table_csv(results))
+    _write(out / "table.md", display.markdown(results))
+    last = results[-1]
+    folder = folder_names([one.model for one in results])[last.model]
+    files = _unique({task.name: task.name for task in tasks})
+    for task in tasks:
+        examples = wanted(task, last.split, limit)
+        lines = [
+            json.dumps(_row(*pair), ensure_ascii=False, default=str)
+            for pair in zip(examples, last[task.name].scored, strict=True)
+        ]
+        _write(out / "examples" / folder / f"{files[task.name]}.jsonl", "\n".join(lines) + "\n")
+
+
+def _row(example: Example, scored: Scored) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": example.id,
+        "messages": [{"role": m.role, "content": m.content} for m in example.messages],
+        "target": example.target,
+    }
+    if example.choices:
+        row["choices"] = list(example.choices)
+    return {**row, "said": scored.said, "value": scored.value, "failure": scored.failure}
+
+
+def _short(model: str) -> str:
+    """`expert+adapter` of `models/expert+runs/adapter`."""
+    return "+".join(re.split(r"[/\\]", part.rstrip("/\\"))[-1] for part in model.split("+"))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {str(folder)!r} cannot be made: {error.strerror}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename: a reader sees the old file or the new one, never half of one."""
+    _make(path.parent)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        # half a character that a model said is written as a question mark
+        beside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from error

@@ -1,0 +1,299 @@
+"""Job C, the search of coefficients.
+
+check -> plan -> live model -> studies -> finalists on development -> test, once -> job A -> OUT
+
+All state lies in OUT.search: the storage, the finalists' scores, the test scores, the recipe that
+was found. Whatever ends a search, the same command goes on with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.storages import BaseStorage
+
+from mergekit_unconstrained import __version__, compat
+from mergekit_unconstrained.compat import MergeConfiguration, MergeOptions
+from mergekit_unconstrained.config.document import Document
+from mergekit_unconstrained.config.parents import read_parent
+from mergekit_unconstrained.engine import staging
+from mergekit_unconstrained.engine.files import replacing
+from mergekit_unconstrained.engine.plan import Plan, make_plan
+from mergekit_unconstrained.errors import RecipeError
+from mergekit_unconstrained.evaluation.settings import load_tasks, read_tasks
+from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_refused
+from mergekit_unconstrained.evaluation.subject import Subject
+from mergekit_unconstrained.evaluation.task import Task
+from mergekit_unconstrained.hub import search_report
+from mergekit_unconstrained.jobs.weights import apply_adapters, files_hash, run_job
+from mergekit_unconstrained.present import search as display
+from mergekit_unconstrained.present.bars import progress
+from mergekit_unconstrained.search.finals import Chosen, Kept, choose, test
+from mergekit_unconstrained.search.memory import LiveMerge
+from mergekit_unconstrained.search.run import (
+    LABELS,
+    SEARCHED,
+    Searcher,
+    Spaces,
+    fixing_unused,
+)
+from mergekit_unconstrained.search.settings import GenomeSettings, SearchSettings, load_settings
+from mergekit_unconstrained.search.space import Candidate, Space, make_space
+from mergekit_unconstrained.search.study import Study, open_storage
+
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A checked search file.
+
+    document: of the search file. spaces: before unused genes are fixed. merge: the plan of the
+    start candidate, which every other one shares but for its numbers.
+    """
+
+    document: Document
+    settings: SearchSettings
+    tasks: tuple[Task, ...]
+    spaces: Spaces
+    merge: Plan
+    job: str
+
+    @property
+    def studies(self) -> list[str]:
+        """The search and its baselines, in the order in which they run."""
+        return [SEARCHED, *self.settings.baselines]
+
+
+def work_of(out: Path) -> Path:
+    """Where a search for `out` keeps its state."""
+    return out.with_name(out.name + ".search")
+
+
+def plan_search(path: Path, out: Path, options: MergeOptions, **changes: Any) -> SearchPlan:
+    """Check a search file against models and tasks, before a weight is read.
+
+    changes: settings that the command line overrides; None says nothing.
+    """
+    settings, document = load_settings(path)
+    settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    tasks = _tasks(document, path, settings)
+    recipe = settings.recipe
+    method = compat.get(str(recipe.get("merge_method", "")))
+    if isinstance(method, compat.ModelMethod):
+        document.fail(("recipe", "merge_method"), f"{method.spec.name} has no numbers to search")
+    if "models" not in recipe:
+        document.fail(("recipe",), "needs `models`; slices are the search's own")
+    first = recipe.get("base_model") or recipe["models"][0]["model"]
+    reference = compat.ModelReference.parse(str(first))
+    config = read_parent(reference, trust_remote_code=options.trust_remote_code).config
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    if not layers:
+        document.fail(("recipe",), f"the config of {first} does not say how many layers it has")
+
+    def space(genome: GenomeSettings) -> Space:
+        return make_space(document, recipe, method, layers, genome)
+
+    uniform = settings.genome.model_copy(
+        update={"layers": 0, "kinds": (), "outer": "tied", "smooth": False}
+    )
+    spaces = Spaces(
+        space(settings.genome),
+        tied=space(uniform.model_copy(update={"models": "tied"})),
+        free=space(uniform),
+    )
+    merge = merge_plan(spaces.searched, work_of(out) / "start", options)
+    return SearchPlan(document, settings, tasks, spaces, merge, _job(settings, tasks, merge))
+
+
+def _tasks(document: Document, path: Path, settings: SearchSettings) -> tuple[Task, ...]:
+    given = document.data["tasks"]
+    if isinstance(given, str):
+        tasks = load_tasks(path.parent / given, allow_code=settings.allow_code)
+    else:
+        tasks = read_tasks(document, path.parent, allow_code=settings.allow_code)
+    if not any("search" in t.splits() and t.weight > 0 for t in tasks):
+        document.fail(("tasks",), "no task has a `search` split: nothing could be optimised")
+    check_disjoint(tasks)
+    for task in tasks:
+        fitness_refused(task)
+    return tuple(tasks)
+
+
+def merge_plan(space: Space, folder: Path, options: MergeOptions) -> Plan:
+    """The plan of job A for the start of the genome, its files written to `folder`."""
+    document = write_candidate(space.candidate(space.genome.start), folder)
+    config = MergeConfiguration.model_validate(document.data)
+    method = compat.get(config.merge_method)
+    return make_plan(document, config, method, options)
+
+
+def write_candidate(candidate: Candidate, folder: Path) -> Document:
+    """merge.yml, and coefficients.yml where the method has a table; the recipe as a document."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "coefficients.yml"
+    if candidate.table is not None:
+        with replacing(table) as stream:
+            stream.write(candidate.table.encode())
+    text = candidate.text(str(table))
+    with replacing(folder / "merge.yml") as stream:
+        stream.write(candidate.text().encode())
+    return Document.parse(text, str(folder / "merge.yml"))
+
+
+def _job(settings: SearchSettings, tasks: Sequence[Task], merge: Plan) -> str:
+    """What the scores in a storage depend on; not the budget, which may grow."""
+    free = {"budget", "time", "finalists", "baselines", "batch_size", "memory", "device"}
+    content = [
+        settings.model_dump(mode="json", exclude=free),
+        [[t.name, t.key, t.weight, [e.digest for e in t.examples("search")]]
+         for t in tasks if "search" in t.splits()],
+        files_hash((merge.base, *merge.experts)),
+        __version__,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -- running --------------------------------------------------------------------------------------
+
+
+def search(
+    path: Path,
+    out: Path,
+    options: MergeOptions,
+    *,
+    storage: str | None = None,
+    dry_run: bool = False,
+    **changes: Any,
+) -> None:
+    """Run a search, or go on with it, and write OUT."""
+    started = time.monotonic()
+    plan = plan_search(path, out, options, **changes)
+    staging.check_out(out)
+    display.print_plan(plan)
+    if dry_run:
+        return
+    work = work_of(out)
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as note:
+        staging.lock(note, work)
+        searcher = prepare(plan, options)
+        opened = open_storage(storage, work / "journal.log")
+        studies = run_studies(plan, searcher, opened, shared=storage is not None, lead=True)
+        chosen = choose(searcher, studies, Kept(work / "development.json", plan.job), progress)
+        tested = test(searcher, chosen, Kept(work / "test.json", plan.job), progress)
+        found = search_report.gather(searcher, studies, chosen, tested)
+        write(plan, searcher, chosen[SEARCHED], found, out, options)
+    display.print_summary(found, out, time.monotonic() - started)
+
+
+def work_along(
+    path: Path, out: Path, options: MergeOptions, *, storage: str | None, **changes: Any
+) -> None:
+    """Evaluate candidates of a search that another process leads, until its budget is spent."""
+    plan = plan_search(path, out, options, **changes)
+    searcher = prepare(plan, options)
+    opened = open_storage(storage, work_of(out) / "journal.log")
+    run_studies(plan, searcher, opened, shared=True, lead=False)
+
+
+def prepare(plan: SearchPlan, options: MergeOptions) -> Searcher:
+    """The live model, the parents in memory, and the genes that change something."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    s = plan.settings
+    options = apply_adapters((plan.merge.base, *plan.merge.experts), options)
+    compat.forget_loaders()
+    base = plan.merge.base
+    subject = Subject.load(
+        str(base.folder or base.name),
+        dtype=s.dtype or "auto",
+        device=s.device or "auto",
+        batch_size=s.batch_size,
+    )
+    config = plan.merge.config
+    architecture = compat.get_architecture_info(config, options)
+    out_config = compat.output_config(config, architecture, options.trust_remote_code)
+    parents = {p.reference: p.tensors for p in (base, *plan.merge.experts) if p.tensors is not None}
+
+    def planner(config: MergeConfiguration) -> list[compat.PlannedTask]:
+        return compat.plan_tasks(config, architecture, options, out_config, parents)
+
+    budget = int(psutil.virtual_memory().available * s.memory)
+    with progress("reading the parents", len(plan.merge.tensors)) as advance:
+        load = compat.stored_tensors(options)
+        live = LiveMerge(plan.merge, subject.model, load, planner, budget, advance)
+    given = plan.spaces
+    spaces = Spaces(*(fixing_unused(one, live) for one in (given.searched, given.tied, given.free)))
+    if not len(spaces.searched.genome):
+        raise RecipeError(
+            f"{plan.document.name}: no expert differs from the base where the genome is"
+        )
+    display.print_genome(spaces.searched, live)
+    subject.weights = ""
+    return Searcher(s, spaces, live, subject, plan.tasks)
+
+
+# -- studies --------------------------------------------------------------------------------------
+
+
+def run_studies(
+    plan: SearchPlan, searcher: Searcher, storage: BaseStorage, *, shared: bool, lead: bool
+) -> dict[str, Study]:
+    """The search, then every baseline with as many candidates as the search had.
+
+    shared: whether other processes may be at work. lead: whether this one gives up what the dead
+    left behind.
+    """
+    s = plan.settings
+    studies: dict[str, Study] = {}
+    for name in plan.studies:
+        budget = len(studies[SEARCHED].trials) if studies else s.budget
+        study = searcher.study(name, storage, plan.job, budget)
+        deadline = time.monotonic() + s.time if s.time and not studies else math.inf
+        studies[name] = study
+        with display.search_bar(LABELS[name], study, budget, searcher.objective.size) as bar:
+            while True:
+                if lead:
+                    study.abandon(study.stale if shared else lambda _: True)
+                evaluate = searcher.evaluate(name, bar.examples)
+                study.run(budget, evaluate, deadline=deadline, done=bar.trial)
+                if not study.unfinished:
+                    break
+                time.sleep(POLL_SECONDS)  # other workers are at the last candidates
+                bar.refresh()
+    return studies
+
+
+# -- the result -----------------------------------------------------------------------------------
+
+
+def write(
+    plan: SearchPlan,
+    searcher: Searcher,
+    chosen: Chosen,
+    found: search_report.Report,
+    out: Path,
+    options: MergeOptions,
+) -> None:
+    """OUT: the merged model with its card, the recipe that makes it, and the report."""
+    candidate = searcher.spaces.searched.candidate(chosen.values)
+    document = write_candidate(candidate, work_of(out) / "best")
+    config = MergeConfiguration.model_validate(document.data)
+
+    def finishing(folder: Path) -> None:
+        search_report.write(found, folder)
+        shutil.copyfile(folder / "mergekit_config.yml", folder / "merge.yml")
+
+    run_job(
+        compat.run_merge, plan.merge.method, config, out, options, document, finishing=finishing
+    )

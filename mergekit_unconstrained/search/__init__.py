@@ -1,0 +1,1 @@
+"""The search of merge coefficients against scores."""

@@ -1,0 +1,239 @@
+"""How candidates are drawn: each is a pure function of the seed, its index and what is finished.
+
+So a search that was killed goes on as if it had not been, and nothing of a sampler needs to be
+stored. Indices count the trials that were not abandoned; in one process they are the order of
+evaluation.
+
+CMA-ES: Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv 1604.00772, in the implementation of
+the package `cmaes`; its diagonal variant: Ros and Hansen, PPSN 2008. The paper (arXiv 2410.13699)
+names CMA-ES; population, first step and start follow public practice, restarts with a doubled
+population are those of Auger and Hansen (CEC 2005).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from cmaes import CMA, SepCMA
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from mergekit_unconstrained.search.genome import Genome
+from mergekit_unconstrained.search.settings import SearchSettings
+
+VALUE = "value"
+"""User attribute: the score by which a trial is ranked, estimated where it was dropped early."""
+FAILURE = "failure"
+"""User attribute of failed trials: why. One without a reason was abandoned: its process died."""
+
+Draw = Callable[[optuna.Study, FrozenTrial, int], Mapping[str, float]]
+"""(study, trial, its index) -> values by gene."""
+
+
+def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that were not abandoned, by number; the index of each is its place here."""
+    kept = [t for t in trials if t.state != TrialState.FAIL or FAILURE in t.user_attrs]
+    return sorted(kept, key=lambda t: t.number)
+
+
+def distributions(genome: Genome) -> dict[str, BaseDistribution]:
+    """The genome as Optuna stores it."""
+    return {g.name: FloatDistribution(g.low, g.high) for g in genome.genes}
+
+
+class Sampler(BaseSampler):
+    """A rule for drawing candidates, as Optuna asks for them."""
+
+    def __init__(self, genome: Genome, draw: Draw) -> None:
+        self.space = distributions(genome)
+        self._draw = draw
+
+    def infer_relative_search_space(
+        self,
+        study: optuna.Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+    ) -> dict[str, BaseDistribution]:
+        """The whole genome, always."""
+        return self.space
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """One candidate."""
+        others = counted(study.get_trials(deepcopy=False))
+        index = sum(t.number < trial.number for t in others)
+        return dict(self._draw(study, trial, index))
+
+    def sample_independent(
+        self,
+        study: optuna.Study,  # noqa: ARG002
+        trial: FrozenTrial,  # noqa: ARG002
+        param_name: str,
+        param_distribution: BaseDistribution,  # noqa: ARG002
+    ) -> Any:
+        """Never asked for: the whole genome is drawn together."""
+        raise AssertionError(f"{param_name} is not part of the genome")
+
+
+def make_sampler(genome: Genome, settings: SearchSettings) -> Sampler:
+    """The sampler that the settings name."""
+    if settings.sampler == "cma":
+        return Sampler(genome, cma(genome, settings))
+    if settings.sampler == "grid":
+        return Sampler(genome, grid(genome, settings.budget, settings.seed))
+    if settings.sampler == "random":
+        return Sampler(genome, uniform(genome, settings.seed))
+    return Sampler(genome, of_optuna(genome, settings))
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of one candidate."""
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+
+
+def uniform(genome: Genome, seed: int) -> Draw:
+    """Every gene uniform between its bounds; the start first."""
+
+    def draw(_: optuna.Study, __: FrozenTrial, index: int) -> Mapping[str, float]:
+        if index == 0:
+            return genome.start
+        return genome.from_unit(np.random.default_rng(seed_of(seed, index)).random(len(genome)))
+
+    return draw
+
+
+def grid(genome: Genome, budget: int, seed: int) -> Draw:
+    """As many evenly spaced values of every gene as the budget allows, then uniform ones."""
+    points = grid_points(genome, budget)
+    axes = itertools.product(np.linspace(0, 1, points), repeat=len(genome))
+    cells = [genome.from_unit(x) for x in itertools.islice(axes, budget)] if points > 1 else []
+    rest = uniform(genome, seed)
+
+    def draw(study: optuna.Study, trial: FrozenTrial, index: int) -> Mapping[str, float]:
+        return cells[index] if index < len(cells) else rest(study, trial, index)
+
+    return draw
+
+
+def grid_points(genome: Genome, budget: int) -> int:
+    """Values of every gene in a full grid of at most `budget` candidates."""
+    points = int(budget ** (1 / len(genome)) + 1e-9)
+    return points if points > 1 else 1
+
+
+def of_optuna(genome: Genome, settings: SearchSettings) -> Draw:
+    """TPE or NSGA-II of Optuna, seeded anew for every candidate."""
+
+    def draw(study: optuna.Study, trial: FrozenTrial, index: int) -> Mapping[str, float]:
+        if index == 0:
+            return genome.start
+        seed = seed_of(settings.seed, index)
+        sampler: BaseSampler
+        if settings.sampler == "tpe":
+            sampler = TPESampler(seed=seed, multivariate=True)
+        else:
+            sampler = NSGAIISampler(seed=seed, population_size=settings.population or 50)
+        space = distributions(genome)
+        found = sampler.sample_relative(study, trial, space)
+        for name, distribution in space.items():
+            if name not in found:
+                found[name] = sampler.sample_independent(study, trial, name, distribution)
+        genes = {g.name: g for g in genome.genes}
+        return {name: genes[name].rounded(value) for name, value in found.items()}
+
+    return draw
+
+
+# -- CMA-ES ---------------------------------------------------------------------------------------
+
+
+def population(genes: int) -> int:
+    """4 + floor(3 ln n)."""
+    return 4 + math.floor(3 * math.log(max(genes, 1)))
+
+
+def cma(genome: Genome, settings: SearchSettings) -> Draw:
+    """CMA-ES on the unit cube, its state told anew from the finished trials for every candidate."""
+
+    def draw(study: optuna.Study, _: FrozenTrial, index: int) -> Mapping[str, float]:
+        if index == 0:
+            return genome.start
+        state = replay(genome, settings, counted(study.get_trials(deepcopy=False)))
+        state.reseed_rng(seed_of(settings.seed, index))
+        return genome.from_unit(state.ask())
+
+    return draw
+
+
+def replay(genome: Genome, settings: SearchSettings, trials: Sequence[FrozenTrial]) -> CMA | SepCMA:
+    """The strategy after every full generation among the trials.
+
+    A generation is a run of `population` indices: with several workers a candidate may have been
+    drawn one generation late, which the update bears. When it has converged it starts again from a
+    random point with twice the population.
+    """
+    size = settings.population or population(len(genome))
+    start, restarts, mean = 0, 0, genome.to_unit(genome.start)
+    state = _strategy(mean, size, settings)
+    while start + size <= len(trials):
+        generation = trials[start : start + size]
+        if not all(t.state.is_finished() for t in generation):
+            break
+        losses = _losses(generation)
+        told = [
+            (genome.to_unit(t.params), loss) for t, loss in zip(generation, losses, strict=True)
+        ]
+        state.tell(told)
+        start += size
+        if state.should_stop():
+            restarts += 1
+            size *= 2
+            mean = np.random.default_rng(seed_of(settings.seed, -restarts % 2**32)).random(
+                len(mean)
+            )
+            state = _strategy(mean, size, settings)
+    return state
+
+
+def _strategy(mean: np.ndarray, size: int, settings: SearchSettings) -> CMA | SepCMA:
+    kind = SepCMA if len(mean) > settings.separable_above else CMA
+    bounds = np.tile([0.0, 1.0], (len(mean), 1))
+    # Few resamplings: near a corner of many dimensions hardly any draw lies inside, and is clipped.
+    return kind(
+        mean=mean.copy(),
+        sigma=settings.sigma,
+        bounds=bounds,
+        n_max_resampling=5,
+        seed=settings.seed,
+        population_size=size,
+    )
+
+
+def _losses(generation: Sequence[FrozenTrial]) -> list[float]:
+    """What CMA-ES minimises; a failed candidate is worse than every other of its generation."""
+    values = [-float(t.user_attrs.get(VALUE, math.nan)) for t in generation]
+    finite = [v for v in values if math.isfinite(v)]
+    worst = max(finite, default=0.0) + 1.0
+    return [v if math.isfinite(v) else worst for v in values]
+
+
+def centre(
+    genome: Genome, settings: SearchSettings, trials: Sequence[FrozenTrial]
+) -> dict[str, float]:
+    """The mean of the strategy's distribution: less lucky than its best candidate."""
+    mean = np.clip(replay(genome, settings, counted(trials)).mean, 0.0, 1.0)
+    return genome.from_unit(mean)
+
+
+def running(trial: FrozenTrial) -> bool:
+    """Whether a trial was begun and not finished."""
+    return bool(trial.state in (TrialState.RUNNING, TrialState.WAITING))

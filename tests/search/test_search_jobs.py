@@ -1,0 +1,256 @@
+"""Whole searches on the planted problem, through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.search.objective import Objective
+from tests.search.conftest import Planted
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(main, ["search", *map(str, arguments)])
+
+
+def succeed(*arguments: Any) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return str(result.output)
+
+
+def report(out: Path) -> Any:
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def searched(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result of the planted search with 45 candidates."""
+    out = tmp_path_factory.mktemp("searched") / "out"
+    succeed(planted.file, out, "--budget", 45)
+    return out
+
+
+def test_the_search_finds_more_than_every_parent_and_uniform_merge(searched: Path) -> None:
+    (task,) = report(searched)["tasks"]
+    assert len(task["differences"]) == 5  # base, two experts, two baselines
+    for other, (_, low, _) in task["differences"].items():
+        assert low > 0, f"not above {other}"
+
+
+def test_the_planted_coefficients_are_near(searched: Path) -> None:
+    values = report(searched)["values"]
+    assert values["first weight group 0"] > values["second weight group 0"] + 0.3
+
+
+def test_the_folder_loads_and_says_what_was_done(searched: Path) -> None:
+    names = {p.name for p in searched.iterdir()}
+    assert {
+        "model.safetensors", "README.md", "merge.yml", "coefficients.yml", "coefficients.png",
+        "report.md", "report.json", "plots",
+    } <= names  # fmt: skip
+    assert {p.name for p in (searched / "plots").iterdir()} == {"history.png", "importance.png"}
+    page = (searched / "report.md").read_text()
+    for said in ("searched", "uniform, grid", "uniform, random", "± one standard error", "Counted"):
+        assert said in page
+    assert str(searched.parent) not in page + json.dumps(report(searched))
+
+
+def test_the_recipe_alone_gives_the_same_weights(searched: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((searched.parent / "out.search/best/merge.yml").read_text())
+    table = searched / "coefficients.yml"
+    recipe["parameters"]["coefficients"] = str(table)
+    path = tmp_path / "again.yml"
+    path.write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "again"
+    result = CliRunner().invoke(main, ["yaml", str(path), str(out), "--quiet"])
+    assert result.exit_code == 0, result.output
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (searched / weights).read_bytes()
+
+
+def log_likelihood(folder: Path, rows: Sequence[dict[str, str]]) -> list[float]:
+    """nats per byte by the plain forward pass of one row at a time, in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = model.generation_config.eos_token_id
+    found = []
+    for row in rows:
+        prompt, answer = (tokenizer(row[k])["input_ids"] for k in ("prompt", "target"))
+        ids = torch.tensor([[*prompt, *answer, end]])
+        with torch.inference_mode():
+            chances = model(ids).logits[0].log_softmax(-1)
+        nats = sum(float(chances[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1]))
+        found.append(nats / len(row["target"].encode()))
+    return found
+
+
+def test_an_independent_scorer_gives_the_reported_figures(searched: Path, planted: Planted) -> None:
+    rows = [json.loads(line) for line in (planted.folder / "test.jsonl").read_text().splitlines()]
+    (task,) = report(searched)["tasks"]
+    for name, folder in {
+        "searched": searched, "base base": planted.base, "first": planted.experts[0],
+    }.items():  # fmt: skip
+        own = log_likelihood(folder, rows)
+        mean, error, n = task["means"][name]
+        assert n == len(own) == 30
+        assert mean == pytest.approx(math.fsum(own) / n, abs=1e-4)
+        spread = math.fsum((v - mean) ** 2 for v in own) / (n - 1)
+        assert error == pytest.approx(math.sqrt(spread / n), abs=1e-4)
+
+
+def test_every_study_had_as_many_candidates(searched: Path) -> None:
+    found = report(searched)
+    assert {s["label"]: s["candidates"] for s in found["studies"]} == {
+        "searched": 45, "uniform, grid": 45, "uniform, random": 45,
+    }  # fmt: skip
+    assert all(len(found["history"][s["label"]]) == 45 for s in found["studies"])
+
+
+def test_equal_candidates_have_equal_scores(searched: Path) -> None:
+    seen: dict[str, float] = {}
+    for study in report(searched)["history"].values():
+        for one in study:
+            if not one["dropped"]:
+                key = json.dumps(one["values"], sort_keys=True)
+                assert seen.setdefault(key, one["value"]) == one["value"]
+
+
+def test_a_search_that_is_interrupted_gives_the_same_answer(
+    search_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = search_file(budget=12, baselines=["random"])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed(path, whole)
+    plain = Objective.score
+    for stop in (3, 9, 5):
+        left = [stop]
+
+        def score(self: Any, *args: Any, left: list[int] = left, **kw: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return plain(self, *args, **kw)
+
+        monkeypatch.setattr(Objective, "score", score)
+        assert run(path, parts).exit_code != 0
+        monkeypatch.setattr(Objective, "score", plain)
+        assert not parts.exists()
+    succeed(path, parts)
+    one, two = report(whole), report(parts)
+    assert one["values"] == two["values"]
+    for label, study in one["history"].items():
+        again = two["history"][label]
+        assert [(f["values"], f["value"]) for f in study] == [
+            (f["values"], f["value"]) for f in again
+        ]
+    weights = "model.safetensors"
+    assert (whole / weights).read_bytes() == (parts / weights).read_bytes()
+
+
+def test_permuted_labels_are_no_synergy(
+    search_file: Callable[..., Path], planted: Planted, tmp_path: Path
+) -> None:
+    data = {}
+    for split in ("search", "development", "test"):
+        rows = [json.loads(s) for s in (planted.folder / f"{split}.jsonl").read_text().splitlines()]
+        if split != "test":
+            targets = [row["target"] for row in rows]
+            rows = [
+                {**r, "target": t} for r, t in zip(rows, targets[7:] + targets[:7], strict=True)
+            ]
+        data[split] = str(tmp_path / f"{split}.jsonl")
+        Path(data[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {
+        "likely": {"kind": "likelihood", "data": data},
+        "said": {"kind": "exact", "data": data, "max_new_tokens": 5},
+    }
+    out = tmp_path / "out"
+    succeed(search_file(tasks=tasks, budget=10, baselines=["uniform_grid"]), out)
+    said = report(out)["verdict"]
+    assert said[-1].startswith("No synergy found")
+    assert "No synergy found" in (out / "report.md").read_text()
+
+
+def test_dry_run_says_what_it_would_cost_and_writes_no_model(
+    search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    said = " ".join(succeed(search_file(), tmp_path / "out", "--dry-run").split())
+    for words in ("6 numbers", "cma, population 9", "3 studies", "x 40 candidates", "30 examples"):
+        assert words in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_of_mergekit_evolve_is_read(planted: Planted, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from mergekit_unconstrained.config.document import Document
+    from mergekit_unconstrained.search.evolve import is_evolve, translated
+
+    base, (first, second) = str(planted.base), map(str, planted.experts)
+    config = {
+        "genome": {
+            "models": [first, second], "merge_method": "ties", "base_model": base,
+            "layer_granularity": 2, "filters": ["self_attn", "mlp"],
+        },
+        "tasks": [{"name": "spartqa_train", "weight": 2.0, "metric": "acc,none"}, "other_train"],
+        "limit": 50,
+    }  # fmt: skip
+    assert is_evolve(config)
+    ours = translated(Document("evolve.yml", config))
+    assert ours["genome"]["layers"] == 2
+    assert ours["recipe"]["parameters"] == {"normalize": True}
+    task = ours["tasks"]["spartqa_train"]
+    assert (task["splits"], task["metric"], task["filter"]) == ({"search": "0:50"}, "acc", "none")
+    wrong = {**config, "genome": {**config["genome"], "layer_granulrity": 2}}
+    path = tmp_path / "wrong.yml"
+    path.write_text(yaml.safe_dump(wrong))
+    result = run(path, tmp_path / "out")
+    assert "Did you mean 'layer_granularity'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgett": 3}, "Did you mean 'budget'"),
+        ({"budget": 0}, "budget"),
+        ({"genome": {"kindz": []}}, "Did you mean 'kinds'"),
+        ({"genome": {"kinds": ["attentoin"]}}, "Did you mean 'attention'"),
+        ({"genome": {"parameters": {"wieght": {}}}}, "Did you mean 'weight'"),
+        ({"genome": {"parameters": {"weight": {"low": 2, "high": 1}}}}, "low < high"),
+        ({"sampler": "cmaes"}, "sampler"),
+        ({"tasks": {}}, "tasks"),
+        ({"tasks": "none.yml"}, "none.yml"),
+        ({"recipe": "none.yml"}, "none.yml"),
+        ({"recipe": {"merge_method": "layrwise", "models": []}}, "layerwise"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    changes: dict[str, Any], words: str, search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = run(search_file(**changes), tmp_path / "out")
+    assert result.exit_code == 1, result.output
+    assert words in " ".join(result.output.split())
+    assert result.output.count("Error") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_of_other_settings_does_not_mix_with_what_is_there(
+    search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    succeed(search_file(budget=4, baselines=[]), out)
+    (out.rename(tmp_path / "aside"))
+    result = run(search_file(budget=4, baselines=[], seed=1), out)
+    assert result.exit_code == 1
+    assert "other models, tasks or settings" in " ".join(result.output.split())
