@@ -14,13 +14,14 @@ from mergekit_unconstrained.numerics.roles import GROUPS, LAYER_KINDS
 _ORDER = ("q", "k", "v", "o", "qkv", "attention", "norm", *LAYER_KINDS, "mlp", "all")
 
 
-def dump_table(data: Mapping[str, Any], comment: str = "") -> str:
+def dump_table(data: Mapping[str, Any], comment: str = "", *, join: bool = True) -> str:
     """A coefficient file's text: a line a layer, equal neighbours as ranges.
 
     All numbers have as many decimals as the longest needs, four at most, so that columns line up.
 
     data: as starting_table returns it (layers as numbers, a cell a number or a mapping). comment:
-    any text, put in front line by line.
+    any text, put in front line by line. join: write kinds of a group that agree as the group; right
+    where the data names every kind that the model has.
     """
     lines = [f"# {_printable(line)}".rstrip() for line in comment.splitlines()]
     lines += [f"layers: {data['layers']}", "experts:"]
@@ -29,7 +30,7 @@ def dump_table(data: Mapping[str, Any], comment: str = "") -> str:
         lines.append(f"  {_scalar(name)}:")
         outer = {k: v for k, v in expert.items() if k != "layers"}
         lines += [f"    {key}: {_cell(value, digits)}" for key, value in outer.items()]
-        rows = _ranges({n: _row(row, digits) for n, row in expert.get("layers", {}).items()})
+        rows = _ranges({n: _row(row, digits, join) for n, row in expert.get("layers", {}).items()})
         if rows:
             width = max(len(key) for key in rows) + 1
             lines.append("    layers:")
@@ -37,10 +38,10 @@ def dump_table(data: Mapping[str, Any], comment: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(row: Mapping[str, Any], digits: int) -> str:
-    """`attention: 0.5, mlp: 0.2`: one word for the kinds of a group that agree."""
+def _row(row: Mapping[str, Any], digits: int, join: bool) -> str:
+    """`attention: 0.5, mlp: 0.2`: one word for the kinds of a group that agree, with `join`."""
     cells = {kind: _cell(value, digits) for kind, value in row.items()}
-    for group in ("all", "attention", "mlp"):
+    for group in ("all", "attention", "mlp") if join else ():
         members = [kind for kind in cells if kind in GROUPS[group]]
         taken = set(GROUPS) if group == "all" else {group}
         if len(members) > 1 and not taken & set(cells) and len({cells[k] for k in members}) == 1:

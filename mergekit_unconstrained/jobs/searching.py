@@ -35,6 +35,7 @@ from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_ref
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
 from mergekit_unconstrained.hub import search_report
+from mergekit_unconstrained.hub.pinning import clean
 from mergekit_unconstrained.jobs.weights import apply_adapters, files_hash, run_job
 from mergekit_unconstrained.present import search as display
 from mergekit_unconstrained.present.bars import progress
@@ -49,6 +50,7 @@ from mergekit_unconstrained.search.run import (
 )
 from mergekit_unconstrained.search.settings import GenomeSettings, SearchSettings, load_settings
 from mergekit_unconstrained.search.space import Candidate, Space, make_space
+from mergekit_unconstrained.search.stock import stock_recipe
 from mergekit_unconstrained.search.study import Study, open_storage
 
 POLL_SECONDS = 2.0
@@ -290,8 +292,15 @@ def write(
     document = write_candidate(candidate, work_of(out) / "best")
     config = MergeConfiguration.model_validate(document.data)
 
+    stock = None
+    if candidate.table is not None:
+        stock = stock_recipe(make_plan(document, config, plan.merge.method, options))
+
     def finishing(folder: Path) -> None:
         search_report.write(found, folder)
+        if stock is not None:
+            cleaned = clean(stock, {p.name: p for p in (plan.merge.base, *plan.merge.experts)})
+            (folder / "stock_merge.yml").write_text(cleaned, encoding="utf-8")
         shutil.copyfile(folder / "mergekit_config.yml", folder / "merge.yml")
 
     run_job(

@@ -27,11 +27,7 @@ class Ranking:
     def of(cls, magnitudes: torch.Tensor, *, largest: bool) -> Ranking:
         """largest: whether the largest entry is the first. magnitudes: [n], non-negative."""
         n = magnitudes.numel()
-        order = (
-            torch.argsort(magnitudes, descending=True, stable=True)
-            if largest
-            else stable_order(magnitudes.reshape(1, -1))[0]
-        )
+        order = stable_order(magnitudes.reshape(1, -1), largest=largest)[0]
         ranks = torch.empty(n, dtype=torch.int32, device=magnitudes.device)
         ranks[order] = torch.arange(n, dtype=torch.int32, device=magnitudes.device)
         return cls(ranks)

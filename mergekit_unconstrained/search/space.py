@@ -22,7 +22,14 @@ from mergekit_unconstrained.config.table_text import dump_table
 from mergekit_unconstrained.config.words import suggest
 from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.numerics.roles import OUTER_KINDS
-from mergekit_unconstrained.search.genome import Address, Gene, Genome, Values, layer_groups
+from mergekit_unconstrained.search.genome import (
+    DIGITS,
+    Address,
+    Gene,
+    Genome,
+    Values,
+    layer_groups,
+)
 from mergekit_unconstrained.search.settings import GenomeSettings, Range
 
 SHARED = "*"
@@ -73,6 +80,8 @@ class Space:
         experts: dict[str, Any] = {}
         recipe = _copy(self.recipe)
         for model, entry in zip(self.models, recipe["models"], strict=True):
+            if model == recipe.get("base_model"):
+                continue
             cells: dict[tuple[int | None, str], dict[str, float]] = {}
             for (owner, parameter, group, kind), value in found.items():
                 if owner not in ("", model):
@@ -85,7 +94,9 @@ class Space:
         shared = {p: value for (owner, p, _, _), value in found.items() if owner == SHARED}
         if shared:
             recipe["parameters"] = {**(recipe.get("parameters") or {}), **shared}
-        return Candidate(recipe, dump_table({"layers": self.layers, "experts": experts}))
+        # Kinds that happen to be equal stay apart: their group has members that are no gene.
+        table = dump_table({"layers": self.layers, "experts": experts}, join=False)
+        return Candidate(recipe, table)
 
     def _expert(self, cells: Mapping[tuple[int | None, str], dict[str, float]]) -> dict[str, Any]:
         expert: dict[str, Any] = {}
@@ -315,4 +326,14 @@ def _bounds(
             ("genome", "parameters", spec.name),
             f"needs low < high and a start between them, not {low:g}, {high:g} and {start:g}",
         )
-    return float(low), float(high), start, schema.get("type") == "integer"
+    whole = schema.get("type") == "integer"
+    for bound in (low, high):
+        digits = 0 if whole else DIGITS
+        if round(bound, digits) != bound:
+            document.fail(
+                ("genome", "parameters", spec.name),
+                f"{spec.name} is a whole number, and {bound:g} is none"
+                if whole
+                else f"values have {DIGITS} decimals, which {bound:g} does not fit",
+            )
+    return float(low), float(high), start, whole

@@ -30,6 +30,8 @@ EXAMPLES = "examples"
 SECONDS = "seconds"
 JOB = "job"
 """Study attribute: the hash of what the scores depend on."""
+LOCKED_SECONDS = 5.0
+"""No write takes as long: a lock that is older has no owner."""
 HOPELESS = 5
 """So many candidates failing, and none that did not, end a study."""
 
@@ -72,16 +74,25 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
         try:
             found: BaseStorage = optuna.storages.get_storage(url)
         except Exception as error:
-            raise OutputError(
-                f"cannot open the storage {url.partition('@')[0]}: {error}"
-            ) from error
+            shown = _without_secret(url)
+            reason = str(error).replace(url, shown)
+            raise OutputError(f"cannot open the storage {shown}: {reason}") from error
         return found
     journal.parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalFileOpenLock(str(journal))
     if journal.is_file():
-        _mend(journal)
-    return JournalStorage(
-        JournalFileBackend(str(journal), lock_obj=JournalFileOpenLock(str(journal)))
-    )
+        lock.acquire()  # a line that another process is writing is not torn
+        try:
+            _mend(journal)
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
+
+
+def _without_secret(url: str) -> str:
+    """A storage's URL without the user and password in it."""
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
 
 
 def _mend(journal: Path) -> None:

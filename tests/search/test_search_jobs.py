@@ -77,6 +77,25 @@ def test_the_recipe_alone_gives_the_same_weights(searched: Path, tmp_path: Path)
     assert (out / weights).read_bytes() == (searched / weights).read_bytes()
 
 
+def test_mergekit_alone_makes_the_same_weights_of_the_stock_recipe(
+    searched: Path, planted: Planted, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    recipe = yaml.safe_load((searched / "stock_merge.yml").read_text())
+    assert recipe["merge_method"] == "task_arithmetic"
+    recipe["base_model"] = str(planted.base)
+    for entry, folder in zip(recipe["models"], planted.experts, strict=True):
+        entry["model"] = str(folder)
+    path, out = tmp_path / "stock.yml", tmp_path / "stock"
+    path.write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(main, ["yaml", str(path), str(out), "--quiet"])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    theirs, ours = (load_file(f / "model.safetensors") for f in (out, searched))
+    assert theirs.keys() == ours.keys()
+    assert all((theirs[name] == ours[name]).all() for name in ours)
+
+
 def log_likelihood(folder: Path, rows: Sequence[dict[str, str]]) -> list[float]:
     """nats per byte by the plain forward pass of one row at a time, in float64."""
     import torch
