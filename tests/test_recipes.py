@@ -11,7 +11,9 @@ from mergekit_unconstrained import compat, jobs
 from mergekit_unconstrained.config.document import Document, walk
 from mergekit_unconstrained.config.recipe import check_recipe
 from mergekit_unconstrained.config.table import load_table
+from mergekit_unconstrained.evaluation.settings import read_tasks
 from mergekit_unconstrained.fusion.settings import FusionSettings, load_settings
+from mergekit_unconstrained.search.settings import load_settings as load_search
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "recipes").rglob("*.yml"))
@@ -22,9 +24,14 @@ def is_recipe(path: Path) -> bool:
     return "merge_method" in yaml.safe_load(path.read_text())
 
 
+def is_search(path: Path) -> bool:
+    return "recipe" in yaml.safe_load(path.read_text())
+
+
 def is_settings(path: Path) -> bool:
-    """Whether a file without a merge_method is a fusion's settings file, and no table."""
-    return not is_recipe(path) and "experts" not in (yaml.safe_load(path.read_text()) or {})
+    """Whether a file is a fusion's settings file: no recipe, search or table."""
+    others = is_recipe(path) or is_search(path)
+    return not others and "experts" not in (yaml.safe_load(path.read_text()) or {})
 
 
 def test_there_are_recipes_of_every_kind() -> None:
@@ -41,6 +48,11 @@ def test_every_recipe_and_table_is_read_without_complaint(
     monkeypatch.chdir(ROOT)
     if is_settings(path):
         assert load_settings(path) != FusionSettings(), "says nothing but defaults"
+        return
+    if is_search(path):
+        settings, document = load_search(path)
+        read_tasks(document, path.parent)
+        assert settings.recipe["merge_method"] == "layerwise"
         return
     if not is_recipe(path):
         load_table(str(path))
@@ -59,13 +71,16 @@ def test_every_recipe_and_table_is_read_without_complaint(
 
 
 @pytest.mark.parametrize(
-    "path", [f for f in FILES if is_recipe(f)], ids=lambda p: p.relative_to(ROOT).as_posix()
+    "path",
+    [f for f in FILES if is_recipe(f) or is_search(f)],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
 )
 def test_every_recipe_says_what_it_asks_needs_and_costs(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     for heading in HEADINGS:
         assert heading in header, f"{path.name} has no {heading!r} in its header"
-    assert f"mergekit-yaml {path.relative_to(ROOT).as_posix()}" in header
+    command = "mergekit-unconstrained search" if is_search(path) else "mergekit-yaml"
+    assert f"{command} {path.relative_to(ROOT).as_posix()}" in header
 
 
 def test_recipes_name_no_absolute_path() -> None:

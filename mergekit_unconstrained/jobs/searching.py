@@ -104,7 +104,8 @@ def plan_search(path: Path, out: Path, options: MergeOptions, **changes: Any) ->
         document.fail(("recipe",), f"the config of {first} does not say how many layers it has")
 
     def space(genome: GenomeSettings) -> Space:
-        return make_space(document, recipe, method, layers, genome)
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        return make_space(document, recipe, method, layers, genome, tied_head=tied)
 
     uniform = settings.genome.model_copy(
         update={"layers": 0, "kinds": (), "outer": "tied", "smooth": False}

@@ -200,8 +200,13 @@ def make_space(
     method: MergeMethod,
     layers: int,
     settings: GenomeSettings,
+    *,
+    tied_head: bool = False,
 ) -> Space:
-    """The genome that the settings ask for; RecipeError where they fit neither method nor model."""
+    """The genome that the settings ask for; RecipeError where they fit neither method nor model.
+
+    tied_head: whether the models' output layer is their embedding, and has no values of its own.
+    """
     name = method.spec.name.removeprefix(ALIAS_PREFIX)
     in_table = name == "layerwise"
     models = tuple(str(entry["model"]) for entry in recipe.get("models") or ())
@@ -226,6 +231,8 @@ def make_space(
         fine = not in_table or spec.name in IN_TABLE
         for owner in owners:
             for group, kind in _places(settings, len(groups), fine, in_table):
+                if kind == "head" and tied_head:
+                    continue
                 address = (owner, spec.name, group, kind)
                 genes.append(Gene(address, *bounds, called=called.get(owner, "")))
     if not genes:

@@ -8,6 +8,7 @@ the reference reads the first of them only.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import sys
@@ -31,7 +32,10 @@ from mergekit_unconstrained.fusion.alignment.by_bytes import ByteAligner
 from mergekit_unconstrained.fusion.alignment.dtw import sequence_costs, warp
 from mergekit_unconstrained.fusion.alignment.quality import measure
 from mergekit_unconstrained.fusion.alignment.warping import TokenWarper, WarpingAligner
-from mergekit_unconstrained.fusion.records import Encoded, Record, TopK
+from mergekit_unconstrained.fusion.data.encoding import Encoder
+from mergekit_unconstrained.fusion.distributions.store import Store
+from mergekit_unconstrained.fusion.distributions.store_format import Header
+from mergekit_unconstrained.fusion.records import Conversation, Encoded, Record, TopK, Turn
 from mergekit_unconstrained.fusion.vocabulary.byte_map import byte_map
 from mergekit_unconstrained.fusion.vocabulary.published_maps import (
     PairCounts,
@@ -266,5 +270,50 @@ def test_alignment(capsys: pytest.CaptureFixture) -> None:
     lines.append(f"{'counting pairs for ms':32} {tokens / count:15,.0f}")
     whole = mining * len(source.texts.raw) / len(sample.raw)
     lines.append(f"mined map, {len(source.texts.raw):,} x {len(pivot.texts.raw):,}: {whole:.0f} s")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
+@pytest.mark.bench
+def test_end_to_end(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """Both tokenizers read the conversations, a source's store is written, read and aligned."""
+    pivot, source = Side.of("mistral-v1"), Side.of("qwen")
+    rng = np.random.default_rng(0)
+    conversations = [
+        Conversation(i, (Turn("user", "Go on."), Turn("assistant", text)))
+        for i, text in enumerate(make_texts(TEXTS))
+    ]
+    encoders = [Encoder(side.tokenizer, side.table) for side in (source, pivot)]
+    records = [
+        dataclasses.replace(
+            make_record(one, synthetic(rng, one.response_ids, len(source.texts.raw))), row=i
+        )
+        for i, one in enumerate(encoders[0].encode_many(conversations))
+    ]
+    by_bytes = byte_map(source.table, pivot.table, frozenset(), None)
+    aligner = ByteAligner(source.table, pivot.table, by_bytes)
+    spent: dict[str, list[float]] = {}
+
+    def step(name: str, work: Callable[[], Any]) -> Any:
+        begin = time.process_time()
+        found = work()
+        spent.setdefault(name, []).append(time.process_time() - begin)
+        return found
+
+    for repeat in range(REPEATS):
+        step("tokenise, source", lambda: encoders[0].encode_many(conversations))
+        encoded = step("tokenise, pivot", lambda: encoders[1].encode_many(conversations))
+        store = Store(tmp_path / str(repeat), Header("model", "tokenizer", K))
+        step("store", lambda store=store: store.write(records))
+        back = step("read", lambda store=store: store.read(store.rows))
+        step("align", lambda back=back, encoded=encoded: aligner.align(back, encoded))
+    tokens = sum(len(one.positions) for one in encoded)
+    lines = [f"end to end, {tokens:,} pivot tokens, tokens / CPU s, one thread"]
+    median = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    for name, seconds in median.items():
+        lines.append(f"{name:32} {tokens / seconds:15,.0f}")
+    lines.append(f"{'all of it':32} {tokens / sum(median.values()):15,.0f}")
+    size = sum(f.stat().st_size for f in (tmp_path / "0").rglob("*") if f.is_file())
+    lines.append(f"{size / sum(len(r.tokens) for r in records):.1f} bytes a source token")
     with capsys.disabled():
         print("\n" + "\n".join(lines))
