@@ -160,7 +160,7 @@ def _job(settings: SearchSettings, tasks: Sequence[Task], merge: Plan) -> str:
     content = [
         settings.model_dump(mode="json", exclude=free),
         [[t.name, t.key, t.weight, [e.digest for e in t.examples("search")]]
-         for t in tasks if "search" in t.splits()],
+         for t in tasks if "search" in t.splits() and t.weight > 0],
         files_hash((merge.base, *merge.experts)),
         __version__,
     ]  # fmt: skip

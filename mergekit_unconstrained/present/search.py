@@ -45,7 +45,8 @@ def print_plan(plan: Any) -> None:
         line = f"  task       {task.name} ({task.unit}, weight {task.weight:g}): {counts}"
         console.print(escape(line), highlight=False)
     studies = [LABELS[name] for name in plan.studies]
-    examples = sum(len(t.examples("search")) for t in plan.tasks if "search" in t.splits())
+    scored = [t for t in plan.tasks if "search" in t.splits() and t.weight > 0]
+    examples = sum(len(t.examples("search")) for t in scored)
     limit = f", or {duration(s.time)} of search" if s.time else ""
     console.print(
         f"  cost       {len(studies)} studies ({', '.join(studies)}) x {s.budget} candidates x at "

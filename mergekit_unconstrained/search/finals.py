@@ -65,7 +65,7 @@ def choose(
 ) -> dict[str, Chosen]:
     """Score every study's best candidates in full on the development split, and take the best."""
     settings = searcher.settings
-    held = any("development" in t.splits() for t in searcher.tasks)
+    held = any("development" in t.splits() and t.weight > 0 for t in searcher.tasks)
     objective = Objective(searcher.tasks, "development", settings.seed) if held else None
     chosen = {}
     for name, study in studies.items():
@@ -88,10 +88,10 @@ def choose(
 
                 def score(values: Values = values, name: str = name) -> float:
                     searcher.write(name, values)
+                    found = searcher.score_in_full("development", objective.tasks)
                     return objective.value(
-                        {t: [one.value for one in found]
-                         for t, found in searcher.score_in_full("development").items()}
-                    )  # fmt: skip
+                        {task: [one.value for one in scores] for task, scores in found.items()}
+                    )
 
                 scored.append(Chosen(name, values, value, cache.get(key, score)))
                 advance(1)
@@ -133,7 +133,7 @@ def _tested(
 ) -> dict[str, list[Scored]]:
     def score() -> dict[str, list[dict[str, Any]]]:
         write()
-        found = searcher.score_in_full("test")
+        found = searcher.score_in_full("test", searcher.tasks)
         return {task: [asdict(one) for one in scores] for task, scores in found.items()}
 
     return {t: [Scored(**one) for one in scores] for t, scores in cache.get(key, score).items()}

@@ -46,11 +46,12 @@ class Outcome:
 class Objective:
     """The weighted mean of task scores over one split, for a live model.
 
-    seed: of the order in which examples are scored, which is the same for every candidate.
+    Tasks of weight 0 are left out: they are only reported at the end. seed: of the order in which
+    examples are scored, which is the same for every candidate.
     """
 
     def __init__(self, tasks: Sequence[Task], split: Split, seed: int) -> None:
-        self.tasks = [t for t in tasks if split in t.splits()]
+        self.tasks = [t for t in tasks if split in t.splits() and t.weight > 0]
         self.split = split
         self.examples: dict[str, list[Example]] = {}
         for index, task in enumerate(self.tasks):

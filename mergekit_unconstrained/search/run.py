@@ -124,13 +124,11 @@ class Searcher:
         """Put a candidate into the live model."""
         self.live.write(self.spaces.of(study).candidate(values))
 
-    def score_in_full(
-        self, split: Split, advance: Callable[[int], Any] = lambda _: None
-    ) -> dict[str, list[Scored]]:
-        """Every example of a split, in the task's own order, for the model as it is."""
+    def score_in_full(self, split: Split, tasks: Sequence[Task]) -> dict[str, list[Scored]]:
+        """Every example of a split, in the tasks' own order, for the model as it is."""
         return {
-            task.name: score_examples(self.subject, task, task.examples(split), None, advance)
-            for task in self.tasks
+            task.name: score_examples(self.subject, task, task.examples(split))
+            for task in tasks
             if split in task.splits()
         }
 

@@ -162,27 +162,53 @@ def population(genes: int) -> int:
 
 
 def cma(genome: Genome, settings: SearchSettings) -> Draw:
-    """CMA-ES on the unit cube, its state told anew from the finished trials for every candidate."""
+    """CMA-ES on the unit cube, its state told anew from the finished trials for every candidate.
+
+    The first candidates are uniform (`uniform_first`).
+    """
+    first = uniform_count(genome, settings)
 
     def draw(study: optuna.Study, _: FrozenTrial, index: int) -> Mapping[str, float]:
         if index == 0:
             return genome.start
+        seed = seed_of(settings.seed, index)
+        if index < first:
+            return genome.from_unit(uniform_point(genome, seed))
         state = replay(genome, settings, counted(study.get_trials(deepcopy=False)))
-        state.reseed_rng(seed_of(settings.seed, index))
+        state.reseed_rng(seed)
         return genome.from_unit(state.ask())
 
     return draw
 
 
+def uniform_count(genome: Genome, settings: SearchSettings) -> int:
+    """How many candidates are uniform: none where the genome has nothing finer."""
+    return settings.uniform_first if len(_uniform_keys(genome)) < len(genome) else 0
+
+
+def uniform_point(genome: Genome, seed: int) -> np.ndarray:
+    """[n] in the unit cube: one value for all genes of a model and parameter."""
+    keys = _uniform_keys(genome)
+    drawn = dict(zip(keys, np.random.default_rng(seed).random(len(keys)), strict=True))
+    return np.array([drawn[g.address[:2]] for g in genome.genes])
+
+
+def _uniform_keys(genome: Genome) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(g.address[:2] for g in genome.genes))
+
+
 def replay(genome: Genome, settings: SearchSettings, trials: Sequence[FrozenTrial]) -> CMA | SepCMA:
     """The strategy after every full generation among the trials.
 
-    A generation is a run of `population` indices: with several workers a candidate may have been
-    drawn one generation late, which the update bears. When it has converged it starts again from a
-    random point with twice the population.
+    It starts at the best of the uniform candidates. A generation is a run of `population` indices:
+    with several workers a candidate may have been drawn one generation late, which the update
+    bears. When it has converged it starts again from a random point with twice the population.
     """
     size = settings.population or population(len(genome))
-    start, restarts, mean = 0, 0, genome.to_unit(genome.start)
+    start, restarts = uniform_count(genome, settings), 0
+    known = [t for t in trials[:start] if math.isfinite(t.user_attrs.get(VALUE, math.nan))]
+    best = max(known, key=lambda t: t.user_attrs[VALUE]).params if known else genome.start
+    mean = genome.to_unit(best)
     state = _strategy(mean, size, settings)
     while start + size <= len(trials):
         generation = trials[start : start + size]

@@ -32,6 +32,8 @@ JOB = "job"
 """Study attribute: the hash of what the scores depend on."""
 LOCKED_SECONDS = 5.0
 """No write takes as long: a lock that is older has no owner."""
+ATTEMPTS = 4
+RACES = ("IntegrityError", "OperationalError", "ProgrammingError")
 HOPELESS = 5
 """So many candidates failing, and none that did not, end a study."""
 
@@ -71,14 +73,11 @@ class Finished:
 def open_storage(url: str | None, journal: Path) -> BaseStorage:
     """Any Optuna storage by its URL, or the journal file; a line torn by a crash is cut off."""
     if url is not None:
-        try:
-            found: BaseStorage = optuna.storages.get_storage(url)
-        except Exception as error:
-            shown = _without_secret(url)
-            reason = str(error).replace(url, shown)
-            raise OutputError(f"cannot open the storage {shown}: {reason}") from error
-        return found
+        return _by_url(url)
     journal.parent.mkdir(parents=True, exist_ok=True)
+    left = Path(f"{journal}.lock")
+    if left.is_file() and time.time() - left.stat().st_mtime > LOCKED_SECONDS:
+        left.unlink(missing_ok=True)  # of a killed process; Optuna would wait half a minute for it
     lock = JournalFileOpenLock(str(journal))
     if journal.is_file():
         lock.acquire()  # a line that another process is writing is not torn
@@ -87,6 +86,22 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
         finally:
             lock.release()
     return JournalStorage(JournalFileBackend(str(journal), lock_obj=lock))
+
+
+def _by_url(url: str) -> BaseStorage:
+    for attempt in range(ATTEMPTS):
+        try:
+            found: BaseStorage = optuna.storages.get_storage(url)
+        except Exception as error:
+            # Two workers that create the tables at one moment: the second finds them.
+            if attempt + 1 < ATTEMPTS and type(error).__name__ in RACES:
+                time.sleep(1 + attempt)
+                continue
+            shown = _without_secret(url)
+            reason = str(error).replace(url, shown)
+            raise OutputError(f"cannot open the storage {shown}: {reason}") from error
+        return found
+    raise AssertionError
 
 
 def _without_secret(url: str) -> str:

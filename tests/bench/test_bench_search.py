@@ -228,7 +228,7 @@ def test_quality_at_equal_evaluations(stories: Path, tmp_path: Path) -> None:
                 best = values(min(seen[:EVALUATIONS], key=lambda pair: pair[0])[1])
             spent = time.process_time() - started
             searcher.write("search", best)
-            scores = searcher.score_in_full("development")
+            scores = searcher.score_in_full("development", searcher.tasks)
             held = {t: np.mean([one.value for one in s]) for t, s in scores.items()}
             outcome = searcher.objective.score(searcher.subject, Racing(on=False))
             found[name, seed] = (outcome.value, float(np.mean(list(held.values()))), spent)
