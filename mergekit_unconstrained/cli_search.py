@@ -77,6 +77,12 @@ ALLOW_CODE = click.option(
 @click.option("--time", "limit", type=Duration(), help="End the search after 45m, 8h, 2d ...")
 @STORAGE
 @ALLOW_CODE
+@click.option(
+    "--allow-test-split",
+    is_flag=True,
+    default=None,
+    help="Optimise on benchmarks' test splits; no score on them says anything afterwards.",
+)
 @click.option("--dry-run", is_flag=True, help="Print genome, tasks and cost, and stop.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def run(
@@ -86,6 +92,7 @@ def run(
     limit: float | None,
     storage: str | None,
     allow_code: bool | None,
+    allow_test_split: bool | None,
     dry_run: bool,
     options: tuple[str, ...],
 ) -> None:
@@ -100,6 +107,7 @@ def run(
         budget=budget,
         time=limit,
         allow_code=allow_code,
+        allow_test_split=allow_test_split,
     )
 
 

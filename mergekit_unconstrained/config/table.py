@@ -95,12 +95,22 @@ def short_name(model: str) -> str:
 
 
 def load_table(path: str) -> Table:
-    """Read and check a coefficient file (YAML or JSON); cached until the file changes."""
+    """Read and check a coefficient file (YAML or JSON); cached until the file changes.
+
+    path: of the file, or the text of a table itself, which has more than one line.
+    """
+    if "\n" in path:
+        return _parsed(path)
     try:
         stat = Path(path).stat()
     except OSError:
         return _read(path)
     return _cached(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str) -> Table:
+    return parse_table(Document.parse(text, "the table in the recipe"))
 
 
 @functools.lru_cache(maxsize=8)

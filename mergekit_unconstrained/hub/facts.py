@@ -153,7 +153,8 @@ class CardFacts:
     command: what was run, without paths of this machine. heatmap: the picture's file name.
     tokenizer: whose it is, or what it was made of. repo_id: where the model is or will be on the
     Hub. outputs: the weight files written. fusion: for models that were trained. seconds: wall
-    time. unknown: sentences about what is not known, besides those that `unknowns` finds out
+    time. searched: how the coefficients were found, where a search found them; its report is
+    report.md. unknown: sentences about what is not known, besides those that `unknowns` finds out
     itself.
     """
 
@@ -178,6 +179,7 @@ class CardFacts:
     repo_id: str | None = None
     evaluation: tuple[Score, ...] = ()
     fusion: Fusion | None = None
+    searched: str = ""
     unknown: tuple[str, ...] = ()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -37,6 +38,14 @@ CHANGING_FLAGS = (
 PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a card says of a search: a sentence, and the scores on its test split."""
+
+    sentence: str
+    scores: tuple[facts.Score, ...]
+
+
 def describe(
     plan: Plan,
     folder: Path,
@@ -44,10 +53,12 @@ def describe(
     digests: BackgroundDigests,
     seconds: float,
     options: MergeOptions,
+    found_by: Found | None = None,
 ) -> None:
     """Write everything but the weights into a finished output folder.
 
-    digests: of plan.files. seconds: what the merge took.
+    digests: of plan.files. seconds: what the merge took. found_by: the search that chose the
+    coefficients.
     """
     parents = {p.name: p for p in (plan.base, *plan.experts)}
     recipe = pinned_recipe(plan.document, parents, plan.table is not None)
@@ -58,6 +69,10 @@ def describe(
         (folder / TABLE).write_text(table, encoding="utf-8")
     if options.write_model_card:
         found = card_facts(plan, folder, title, digests, seconds, options, recipe, table)
+        if found_by is not None:
+            found = dataclasses.replace(
+                found, evaluation=found_by.scores, searched=found_by.sentence
+            )
         if found.heatmap is not None:
             from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
 

@@ -54,8 +54,9 @@ def draw_history(history: Mapping[str, Sequence[Finished]], path: Path) -> None:
         axes.step([i for i, _ in whole], best, where="post", color=colour, label=label, lw=1.8)
     axes.set_xlabel("candidate")
     axes.set_ylabel("search score")
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title("best so far (line), scored in full (dot), dropped early (x)", fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    words = "best so far (line), scored in full (dot), dropped early (x, estimated)"
+    axes.set_title(words, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -100,9 +101,12 @@ def draw_front(front: Sequence[Finished], everything: Sequence[Finished], path: 
     figure = Figure(figsize=(4.6, 4.0), layout="constrained")
     axes = figure.subplots()
     whole = [f for f in everything if not f.failure and not f.dropped]
-    for found, colour, size in ((whole, "0.7", 12), (front, "C3", 28)):
+    shown = ((whole, "0.7", 12, "candidates"), (front, "C3", 28, "beaten by none in both"))
+    for found, colour, size, label in shown:
         x, y = ([mean(f.scores[task]) for f in found] for task in (one, two))
-        axes.scatter(x, y, color=colour, s=size)
+        axes.scatter(x, y, color=colour, s=size, label=label)
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("mean scores on the search split", fontsize=9)
     axes.set_xlabel(one)
     axes.set_ylabel(two)
     figure.savefig(path, dpi=130)

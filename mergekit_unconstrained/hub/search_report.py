@@ -20,13 +20,25 @@ from mergekit_unconstrained.evaluation.statistics import (
     synergy,
 )
 from mergekit_unconstrained.hub import search_plots
+from mergekit_unconstrained.hub.facts import Score
 from mergekit_unconstrained.hub.markdown import code, md
 from mergekit_unconstrained.hub.names import display_name
+from mergekit_unconstrained.hub.record import HEATMAP
 from mergekit_unconstrained.search.finals import Chosen, Tested
 from mergekit_unconstrained.search.run import LABELS, SEARCHED, Searcher
-from mergekit_unconstrained.search.study import Finished, Study
+from mergekit_unconstrained.search.study import Finished, Study, mean
 
 CONFIDENCE = 0.95
+MIXED_UNITS = (
+    "**The searched tasks have scores of different units, averaged as they are**: a score with a "
+    "wide range outweighs the others. Weights are the search file's."
+)
+MEANINGS = {
+    SEARCHED: "the genome of the search file",
+    "uniform_grid": "one value of every parameter for all experts, layers and kinds, on a grid",
+    "uniform_random": "one value a parameter and expert for all layers and kinds, at random",
+    "random": "the genome of the search file, at random",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,8 @@ class Report:
     baselines: Sequence[str]
     values: Mapping[str, float]
     splits: Mapping[str, Mapping[str, int]]
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    mixed: bool = False
     history: Mapping[str, Sequence[Finished]] = field(default_factory=dict)
     front: Sequence[Finished] = ()
     importance: Mapping[str, float] = field(default_factory=dict)
@@ -88,7 +102,23 @@ class Report:
     @property
     def verdict(self) -> list[str]:
         """The sentences that say whether it was worth it."""
-        return [*(_about(t, self.parents, self.baselines) for t in self.tasks), _synergy(self)]
+        sentences = [*(_about(t, self) for t in self.tasks), _by_development(self), _synergy(self)]
+        return [sentence for sentence in sentences if sentence]
+
+    @property
+    def uniform(self) -> list[str]:
+        """The baselines that have one value for all layers and kinds."""
+        return [b for b in self.baselines if b.startswith("uniform")]
+
+    @property
+    def sentence(self) -> str:
+        """How the coefficients were found, for the card."""
+        (searched, *_) = self.studies
+        tasks = ", ".join(self.splits)
+        return (
+            f"The coefficients were found by a search: {self.sampler}, {searched.candidates} "
+            f"candidates, {self.genes} numbers, scored on {tasks}."
+        )
 
 
 def gather(
@@ -117,6 +147,8 @@ def gather(
         splits={
             t.name: {split: len(t.examples(split)) for split in t.splits()} for t in searcher.tasks
         },
+        meanings={LABELS[name]: MEANINGS[name] for name in studies},
+        mixed=len({t.unit for t in searcher.objective.tasks}) > 1,
         history=history,
         front=_front(studies[SEARCHED]) if searcher.objectives > 1 else (),
         importance=search_plots.importance(history[LABELS[SEARCHED]]),
@@ -127,7 +159,10 @@ def _shown(label: str) -> str:
     if label in LABELS.values():
         return label
     kind, _, name = label.partition(" ")
-    return f"base {display_name(name)}" if kind == "base" and name else display_name(label)
+    if kind == "base" and name:
+        shown = display_name(name)
+        return shown if shown == "base" else f"base {shown}"
+    return display_name(label)
 
 
 def _front(study: Study) -> list[Finished]:
@@ -179,10 +214,9 @@ def _task(task: Any, results: Mapping[str, Mapping[str, Sequence[Any]]]) -> Task
 # -- sentences ------------------------------------------------------------------------------------
 
 
-def _about(task: TaskFacts, parents: Sequence[str], baselines: Sequence[str]) -> str:
-    uniform = [b for b in baselines if b.startswith("uniform")]
+def _about(task: TaskFacts, report: Report) -> str:
     said = []
-    for what, others in (("every parent", parents), ("the best uniform merge", uniform)):
+    for what, others in (("every parent", report.parents), ("the uniform merges", report.uniform)):
         if not others:
             continue
         best = max(others, key=lambda m: task.means[m].mean)
@@ -193,7 +227,17 @@ def _about(task: TaskFacts, parents: Sequence[str], baselines: Sequence[str]) ->
             said.append(f"below {best} ({_signed(d)})")
         else:
             said.append(f"not above {what} beyond the interval ({_signed(d)} against {best})")
-    return f"{task.name}: the searched merge is {' and '.join(said)}."
+    return f"{task.name}: the searched merge is {' and '.join(said)}." if said else ""
+
+
+def _by_development(report: Report) -> str:
+    """Which study won where nothing was looked at twice."""
+    known = {s.label: s.development for s in report.studies if s.development is not None}
+    if len(known) < 2:
+        return ""
+    best = max(known, key=lambda label: known[label])
+    values = ", ".join(f"{label} {value:.4f}" for label, value in known.items())
+    return f"On the development split {best} is best ({values}; weighted means over the tasks)."
 
 
 def _synergy(report: Report) -> str:
@@ -204,7 +248,10 @@ def _synergy(report: Report) -> str:
     found = [t.name for t in able if t.beats(report.parents)]
     if found:
         return f"Synergy: {', '.join(found)} beyond every parent."
-    return "No synergy found: on no task is the merge above every parent beyond the interval."
+    return (
+        "No synergy found: on no task with right and wrong answers is the merge above every parent "
+        "beyond the interval."
+    )
 
 
 def _signed(d: Interval) -> str:
@@ -219,6 +266,9 @@ def write(report: Report, folder: Path) -> None:
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     drawn = search_plots.draw_all(report.history, report.front, report.importance, plots)
+    drawn = {title: f"plots/{file}" for title, file in drawn.items()}
+    if (folder / HEATMAP).is_file():
+        drawn["Coefficients by layer and kind"] = HEATMAP
     (folder / "report.md").write_text(markdown(report, drawn), encoding="utf-8")
     content = {k: v for k, v in asdict(report).items() if k not in ("history", "front")}
     content["verdict"] = report.verdict
@@ -236,12 +286,16 @@ def _brief(found: Finished) -> dict[str, Any]:
 def markdown(report: Report, plots: Mapping[str, str]) -> str:
     """The report as a page. plots: title -> file."""
     lines = ["# Search of merge coefficients", ""]
+    fixed = (
+        f"; {report.fixed} more change nothing and stayed at their start" if report.fixed else ""
+    )
     lines += [
         f"Method {code(report.method)}, {report.genes} numbers searched by {report.sampler} "
-        f"(seed {report.seed}); {report.fixed} more change nothing and stayed at their start. "
-        "The test split was scored once, after everything was chosen.",
+        f"(seed {report.seed}){fixed}. The test split was scored once, when all was chosen.",
         "",
     ]
+    lines += [f"- {md(label)}: {md(what)}" for label, what in report.meanings.items()]
+    lines += ["", *([MIXED_UNITS, ""] if report.mixed else [])]
     if report.tasks:
         lines += ["## On the test split", "", *_table(report), ""]
         lines += [f"- {md(sentence)}" for sentence in report.verdict] + [""]
@@ -249,11 +303,47 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
     else:
         lines += ["No task has a test split, so nothing can be said beyond the data of the search."]
     lines += ["", "## What was spent", "", *_spent(report), ""]
+    lines += _front_table(report)
     for title, file in plots.items():
-        lines += [f"![{title}](plots/{file})", ""]
+        lines += [f"![{title}]({file})", ""]
     lines += ["## Coefficients", "", "| gene | value |", "|---|---|"]
     lines += [f"| {md(name)} | {value:g} |" for name, value in report.values.items()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _front_table(report: Report) -> list[str]:
+    """The candidates that no other one beats in every task, on the search split."""
+    if not report.front:
+        return []
+    tasks = list(report.front[0].scores)
+    lines = ["## Trade-offs on the search split", ""]
+    lines += [f"| candidate | {' | '.join(md(t) for t in tasks)} |", f"|---|{'---|' * len(tasks)}"]
+    for one in report.front:
+        cells = " | ".join(f"{mean(one.scores[t]):.4f}" for t in tasks)
+        lines.append(f"| {one.number} | {cells} |")
+    lines += [
+        "",
+        "The merge that was written has the best weighted mean on the development split; all values "
+        "are in report.json under `front`.",
+        "",
+    ]
+    return lines
+
+
+def card_scores(report: Report) -> tuple[Score, ...]:
+    """The test split as rows of a card: this model beside every other one."""
+    return tuple(
+        Score(
+            task=task.name,
+            metric=task.unit,
+            model="this model" if model == LABELS[SEARCHED] else model,
+            value=found.mean,
+            stderr=found.error,
+            n=found.n,
+        )
+        for task in report.tasks
+        for model, found in task.means.items()
+    )
 
 
 def _table(report: Report) -> list[str]:
@@ -285,7 +375,7 @@ def _examples(report: Report) -> list[str]:
             continue
         lines.append(
             f"{md(task.name)}: {len(task.gained)} of {task.n} examples are solved by the searched "
-            f"merge and by no parent, {len(task.lost)} were solved by a parent and are lost."
+            f"merge and by no parent; solved by a parent and lost: {len(task.lost)}."
         )
         lines.append("")
     return lines

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,13 +28,14 @@ from mergekit_unconstrained.config.parents import read_parent
 from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.engine.plan import Plan, make_plan
-from mergekit_unconstrained.errors import RecipeError
+from mergekit_unconstrained.errors import OutputError, RecipeError
 from mergekit_unconstrained.evaluation.settings import load_tasks, read_tasks
 from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_refused
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
 from mergekit_unconstrained.hub import search_report
 from mergekit_unconstrained.hub.pinning import clean
+from mergekit_unconstrained.hub.record import Found
 from mergekit_unconstrained.jobs.weights import apply_adapters, files_hash, run_job
 from mergekit_unconstrained.present import search as display
 from mergekit_unconstrained.present.bars import progress
@@ -48,6 +48,7 @@ from mergekit_unconstrained.search.run import (
     Spaces,
     fixing_unused,
 )
+from mergekit_unconstrained.search.samplers import grid_points
 from mergekit_unconstrained.search.settings import GenomeSettings, SearchSettings, load_settings
 from mergekit_unconstrained.search.space import Candidate, Space, make_space
 from mergekit_unconstrained.search.stock import stock_recipe
@@ -115,8 +116,19 @@ def plan_search(path: Path, out: Path, options: MergeOptions, **changes: Any) ->
         tied=space(uniform.model_copy(update={"models": "tied"})),
         free=space(uniform),
     )
+    _check_grid(document, settings, spaces.searched)
     merge = merge_plan(spaces.searched, work_of(out) / "start", options)
     return SearchPlan(document, settings, tasks, spaces, merge, _job(settings, tasks, merge))
+
+
+def _check_grid(document: Document, settings: SearchSettings, space: Space) -> None:
+    genes = len(space.genome)
+    if settings.sampler == "grid" and grid_points(space.genome, settings.budget) < 2:
+        document.fail(
+            ("sampler",) if ("sampler",) in document.lines else (),
+            f"a grid of {genes} numbers takes {2**genes:,} candidates at least, and the budget is "
+            f"{settings.budget}: search fewer numbers, or with another sampler",
+        )
 
 
 def _tasks(document: Document, path: Path, settings: SearchSettings) -> tuple[Task, ...]:
@@ -128,8 +140,9 @@ def _tasks(document: Document, path: Path, settings: SearchSettings) -> tuple[Ta
     if not any("search" in t.splits() and t.weight > 0 for t in tasks):
         document.fail(("tasks",), "no task has a `search` split: nothing could be optimised")
     check_disjoint(tasks)
-    for task in tasks:
-        fitness_refused(task)
+    if not settings.allow_test_split:
+        for task in tasks:
+            fitness_refused(task)
     return tuple(tasks)
 
 
@@ -181,8 +194,8 @@ def search(
 ) -> None:
     """Run a search, or go on with it, and write OUT."""
     started = time.monotonic()
+    _check_out(out)
     plan = plan_search(path, out, options, **changes)
-    staging.check_out(out)
     display.print_plan(plan)
     if dry_run:
         return
@@ -198,6 +211,17 @@ def search(
         found = search_report.gather(searcher, studies, chosen, tested)
         write(plan, searcher, chosen[SEARCHED], found, out, options)
     display.print_summary(found, out, time.monotonic() - started)
+
+
+def _check_out(out: Path) -> None:
+    """As of any merge; a finished search says how to go on with it."""
+    work = work_of(out)
+    if out.is_dir() and any(out.iterdir()) and (work / "journal.log").is_file():
+        raise OutputError(
+            f"{out} is the result of a finished search. {work} keeps every candidate: remove {out} "
+            "alone to go on with a larger --budget, or name another folder"
+        )
+    staging.check_out(out)
 
 
 def work_along(
@@ -293,17 +317,19 @@ def write(
     document = write_candidate(candidate, work_of(out) / "best")
     config = MergeConfiguration.model_validate(document.data)
 
-    stock = None
+    texts = {"merge.yml": candidate.in_one()}
     if candidate.table is not None:
         stock = stock_recipe(make_plan(document, config, plan.merge.method, options))
+        texts |= {"stock_merge.yml": stock} if stock is not None else {}
+    parents = {p.name: p for p in (plan.merge.base, *plan.merge.experts)}
 
     def finishing(folder: Path) -> None:
+        for name, text in texts.items():
+            (folder / name).write_text(clean(text, parents), encoding="utf-8")
         search_report.write(found, folder)
-        if stock is not None:
-            cleaned = clean(stock, {p.name: p for p in (plan.merge.base, *plan.merge.experts)})
-            (folder / "stock_merge.yml").write_text(cleaned, encoding="utf-8")
-        shutil.copyfile(folder / "mergekit_config.yml", folder / "merge.yml")
 
     run_job(
-        compat.run_merge, plan.merge.method, config, out, options, document, finishing=finishing
-    )
+        compat.run_merge, plan.merge.method, config, out, options, document,
+        finishing=finishing,
+        found_by=Found(found.sentence, search_report.card_scores(found)),
+    )  # fmt: skip

@@ -56,10 +56,12 @@ def run_job(
     document: Document,
     *,
     finishing: Callable[[Path], None] = lambda _: None,
+    found_by: record.Found | None = None,
 ) -> None:
     """Carry out a recipe of a tensor method; OUT appears when it is complete.
 
-    finishing: may add files to the finished folder before it gets its name.
+    finishing: may add files to the finished folder before it gets its name. found_by: the search
+    that chose the coefficients, for the card.
     """
     started = time.monotonic()
     plan = make_plan(document, config, method, options)
@@ -73,7 +75,7 @@ def run_job(
         with staging.staged(out, _job_hash(plan)) as partial:
             merge_into(partial, run_merge, plan, options)
             seconds = time.monotonic() - started
-            record.describe(plan, partial, out.name, digests, seconds, options)
+            record.describe(plan, partial, out.name, digests, seconds, options, found_by)
             finishing(partial)
     finally:
         digests.close()

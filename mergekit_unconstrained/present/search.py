@@ -49,10 +49,31 @@ def print_plan(plan: Any) -> None:
     examples = sum(len(t.examples("search")) for t in scored)
     limit = f", or {duration(s.time)} of search" if s.time else ""
     console.print(
-        f"  cost       {len(studies)} studies ({', '.join(studies)}) x {s.budget} candidates x at "
+        f"  cost       {len(studies)} studies ({'; '.join(studies)}) x {s.budget} candidates x at "
         f"most {examples} examples{limit}",
         highlight=False,
     )
+    for note in notes(plan):
+        console.print(f"  [yellow]note[/]       {escape(note)}", highlight=False)
+
+
+def notes(plan: Any) -> list[str]:
+    """What a plan's owner may not have meant."""
+    s, genes = plan.settings, len(plan.spaces.searched.genome)
+    found = []
+    if genes > s.budget / 3:
+        found.append(
+            f"{genes} numbers are many for {s.budget} candidates: share them between more layers "
+            "(`genome: {layers: 4}`), or raise the budget"
+        )
+    scored = [t for t in plan.tasks if "search" in t.splits() and t.weight > 0]
+    units = dict.fromkeys(t.unit for t in scored)
+    if len(units) > 1 and s.sampler != "nsga2":
+        found.append(
+            f"the tasks' scores ({', '.join(units)}) are averaged as they are, so that one with a "
+            "wide range outweighs the others: set `weight`, 0 for a task that is only reported"
+        )
+    return found
 
 
 def print_genome(space: Space, live: LiveMerge) -> None:

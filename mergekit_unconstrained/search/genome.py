@@ -26,7 +26,7 @@ Address = tuple[str, str, int | None, str]
 class Gene:
     """One number of a recipe. low <= value <= high; start: where a search begins.
 
-    called: the short name of its model.
+    called: the short name of its model. place: its layers, as people read them.
     """
 
     address: Address
@@ -35,13 +35,13 @@ class Gene:
     start: float
     whole: bool = False
     called: str = ""
+    place: str = ""
 
     @property
     def name(self) -> str:
-        """As storages and plots call it: `math weight group 0 attention`."""
-        _, parameter, group, kind = self.address
-        place = f"group {group}" if group is not None else ""
-        return " ".join(part for part in (self.called, parameter, place, kind) if part)
+        """As storages and plots call it: `math weight layers 0-3 attention`."""
+        _, parameter, _, kind = self.address
+        return " ".join(part for part in (self.called, parameter, self.place, kind) if part)
 
     def rounded(self, value: float) -> float:
         """The nearest value that a recipe can say, within the bounds."""
@@ -96,6 +96,15 @@ class Genome:
     def group_of(self, layer: int) -> int:
         """The group that a layer belongs to."""
         return next(i for i, (first, last) in enumerate(self.groups) if first <= layer <= last)
+
+
+def place_of(group: tuple[int, int] | None, *, finer: bool) -> str:
+    """`layer 3`, `layers 0-3`; finer: whether others speak of layers or kinds, and this one of the
+    rest."""
+    if group is None:
+        return "elsewhere" if finer else ""
+    first, last = group
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
 def layer_groups(layers: int, size: int) -> tuple[tuple[int, int], ...]:

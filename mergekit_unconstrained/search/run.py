@@ -34,8 +34,8 @@ from mergekit_unconstrained.search.study import Evaluate, Study
 SEARCHED = "search"
 LABELS = {
     SEARCHED: "searched",
-    "uniform_grid": "uniform, grid",
-    "uniform_random": "uniform, random",
+    "uniform_grid": "uniform (grid)",
+    "uniform_random": "uniform (random)",
     "random": "random",
 }
 """Study -> what tables call its best candidate."""

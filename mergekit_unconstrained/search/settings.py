@@ -93,6 +93,8 @@ class SearchSettings(Strict):
     device: str | None = None
     memory: float = Field(default=0.5, gt=0, le=0.95)
     """Share of this machine's memory that parents and what is prepared of them may take."""
+    allow_test_split: bool = False
+    """Let benchmarks' test splits be optimised; mergekit-evolve's files cannot say so."""
     allow_code: bool = False
     """Run Python that the models write (tasks of kind `code` and `tools`)."""
 

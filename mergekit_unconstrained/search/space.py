@@ -29,6 +29,7 @@ from mergekit_unconstrained.search.genome import (
     Genome,
     Values,
     layer_groups,
+    place_of,
 )
 from mergekit_unconstrained.search.settings import GenomeSettings, Range
 
@@ -48,13 +49,29 @@ class Candidate:
     recipe: dict[str, Any]
     table: str | None = None
 
+    def in_one(self) -> str:
+        """The recipe as a file of its own, the table as a block of text inside."""
+        return self.text(self.table or "")
+
     def text(self, table_path: str = "coefficients.yml") -> str:
         """The recipe as a file that lies beside its table."""
         recipe = dict(self.recipe)
         if self.table is not None:
             parameters = recipe.get("parameters") or {}
             recipe["parameters"] = {**parameters, "coefficients": table_path}
-        return yaml.safe_dump(recipe, sort_keys=False)
+        return yaml.dump(recipe, Dumper=_Blocks, sort_keys=False)
+
+
+class _Blocks(yaml.SafeDumper):
+    """Writes text of several lines as a block."""
+
+
+def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Blocks.add_representer(str, _block)
 
 
 @dataclass(frozen=True)
@@ -234,7 +251,11 @@ def make_space(
                 if kind == "head" and tied_head:
                     continue
                 address = (owner, spec.name, group, kind)
-                genes.append(Gene(address, *bounds, called=called.get(owner, "")))
+                finer = fine and in_table and bool(settings.layers or settings.kinds)
+                span = None if group is None else groups[group]
+                place = "" if group is None and kind else place_of(span, finer=finer)
+                gene = Gene(address, *bounds, called=called.get(owner, ""), place=place)
+                genes.append(gene)
     if not genes:
         document.fail(("genome",), "leaves nothing to search")
     if settings.smooth and (in_table or not settings.layers):

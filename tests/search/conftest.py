@@ -73,7 +73,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     }
     data = {s: f"{s}.jsonl" for s in ("search", "development", "test")}
     tasks = {
-        "likely": {"kind": "likelihood", "data": data},
+        "likely": {"kind": "likelihood", "data": data, "separator": ""},
     }
     search = {
         "recipe": recipe,

@@ -74,5 +74,5 @@ def test_two_processes_finish_one_study_together(
     assert helper.returncode == 0, said
     found = history(out)
     assert {len(study) for study in found.values()} == {60}
-    different = {json.dumps(f[0], sort_keys=True) for f in found["uniform, random"]}
+    different = {json.dumps(f[0], sort_keys=True) for f in found["uniform (random)"]}
     assert len(different) == 60  # nobody drew what another one drew

@@ -268,11 +268,11 @@ def test_only_what_changed_is_computed(
     assert live.fixed == 3  # gate, up and down of the last layer
     assert live.write(candidate(searcher, values)) == len(live.held) == 18
     assert live.write(candidate(searcher, values)) == 0
-    other = {**values, "expert1 weight group 0 attention": 0.25}
+    other = {**values, "expert1 weight layer 0 attention": 0.25}
     assert live.write(candidate(searcher, other)) == 4  # q, k, v, o
-    assert live.write(candidate(searcher, {**other, "expert2 weight group 1 attention": 0.5})) == 4
+    assert live.write(candidate(searcher, {**other, "expert2 weight layer 1 attention": 0.5})) == 4
     assert live.write(candidate(searcher, values)) == 8
-    other = {**values, "expert1 weight": 0.25}  # norms, embedding and head
+    other = {**values, "expert1 weight elsewhere": 0.25}  # norms, embedding and head
     assert live.write(candidate(searcher, other)) == 4 + 3
 
 
@@ -284,7 +284,7 @@ def test_only_slices_that_changed_are_computed(
     assert live.write(candidate(searcher, values)) == 21
     assert live.write(candidate(searcher, values)) == 0
     # A layer, with what lies behind the last one: mergekit takes it from the last slice.
-    assert live.write(candidate(searcher, {**values, "expert1 weight group 1": 0.25})) == 9 + 2
+    assert live.write(candidate(searcher, {**values, "expert1 weight layer 1": 0.25})) == 9 + 2
 
 
 @pytest.mark.parametrize("method", ["layerwise", "ties"])

@@ -48,7 +48,7 @@ def test_the_search_finds_more_than_every_parent_and_uniform_merge(searched: Pat
 
 def test_the_planted_coefficients_are_near(searched: Path) -> None:
     values = report(searched)["values"]
-    assert values["first weight group 0"] > values["second weight group 0"] + 0.3
+    assert values["first weight layers 0-1"] > values["second weight layers 0-1"] + 0.3
 
 
 def test_the_folder_loads_and_says_what_was_done(searched: Path) -> None:
@@ -59,7 +59,13 @@ def test_the_folder_loads_and_says_what_was_done(searched: Path) -> None:
     } <= names  # fmt: skip
     assert {p.name for p in (searched / "plots").iterdir()} == {"history.png", "importance.png"}
     page = (searched / "report.md").read_text()
-    for said in ("searched", "uniform, grid", "uniform, random", "± one standard error", "Counted"):
+    for said in (
+        "searched",
+        "uniform (grid)",
+        "uniform (random)",
+        "± one standard error",
+        "Counted",
+    ):
         assert said in page
     assert str(searched.parent) not in page + json.dumps(report(searched))
 
@@ -119,7 +125,7 @@ def test_an_independent_scorer_gives_the_reported_figures(searched: Path, plante
     rows = [json.loads(line) for line in (planted.folder / "test.jsonl").read_text().splitlines()]
     (task,) = report(searched)["tasks"]
     for name, folder in {
-        "searched": searched, "base base": planted.base, "first": planted.experts[0],
+        "searched": searched, "base": planted.base, "first": planted.experts[0],
     }.items():  # fmt: skip
         own = log_likelihood(folder, rows)
         mean, error, n = task["means"][name]
@@ -132,7 +138,7 @@ def test_an_independent_scorer_gives_the_reported_figures(searched: Path, plante
 def test_every_study_had_as_many_candidates(searched: Path) -> None:
     found = report(searched)
     assert {s["label"]: s["candidates"] for s in found["studies"]} == {
-        "searched": 45, "uniform, grid": 45, "uniform, random": 45,
+        "searched": 45, "uniform (grid)": 45, "uniform (random)": 45,
     }  # fmt: skip
     assert all(len(found["history"][s["label"]]) == 45 for s in found["studies"])
 

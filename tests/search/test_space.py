@@ -72,16 +72,16 @@ def table_of(candidate: Candidate) -> Table:
 def test_a_small_genome_in_full() -> None:
     space = space_of(layers=3)
     assert names(space) == [
-        "code weight group 0 attention",
-        "code weight group 0 mlp",
-        "code weight group 1 attention",
-        "code weight group 1 mlp",
-        "code weight",
-        "math weight group 0 attention",
-        "math weight group 0 mlp",
-        "math weight group 1 attention",
-        "math weight group 1 mlp",
-        "math weight",
+        "code weight layers 0-2 attention",
+        "code weight layers 0-2 mlp",
+        "code weight layers 3-5 attention",
+        "code weight layers 3-5 mlp",
+        "code weight elsewhere",
+        "math weight layers 0-2 attention",
+        "math weight layers 0-2 mlp",
+        "math weight layers 3-5 attention",
+        "math weight layers 3-5 mlp",
+        "math weight elsewhere",
     ]
     assert space.genome.groups == ((0, 2), (3, 5))
     assert {(g.low, g.high, g.start) for g in space.genome.genes} == {(0.0, 1.5, 0.5)}
@@ -254,15 +254,15 @@ def test_the_table_says_what_the_candidate_is(seed: int) -> None:
                 return float(getattr(table.lookup(model, role), parameter))
 
             for layer in range(LAYERS):
-                place = f"{name} {parameter} group {int(layer > 3)}"
+                place = f"{name} {parameter} layers {'4-5' if layer > 3 else '0-3'}"
                 assert said(inner("q", layer)) == values[f"{place} q"]
                 assert said(inner("up", layer)) == values[f"{place} mlp"]
                 assert said(inner("down", layer)) == values[f"{place} mlp"]
-                assert said(inner("k", layer)) == values[f"{name} {parameter}"]
-                assert said(inner("norm", layer)) == values[f"{name} {parameter}"]
+                assert said(inner("k", layer)) == values[f"{name} {parameter} elsewhere"]
+                assert said(inner("norm", layer)) == values[f"{name} {parameter} elsewhere"]
             for kind in ("embedding", "final_norm", "head"):
                 assert said(Role(kind)) == values[f"{name} {parameter} {kind}"]
-            assert said(Role("other")) == values[f"{name} {parameter}"]
+            assert said(Role("other")) == values[f"{name} {parameter} elsewhere"]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,8 @@ def test_the_table_says_what_the_candidate_is(seed: int) -> None:
 )
 def test_equal_values_of_some_kinds_say_nothing_of_others(kinds: tuple[str, ...]) -> None:
     space = space_of(layers=0, kinds=kinds)
-    at_the_bound = dict.fromkeys(names(space), 0.0) | {"code weight": 0.7, "math weight": 0.7}
+    elsewhere = {"code weight elsewhere": 0.7, "math weight elsewhere": 0.7}
+    at_the_bound = dict.fromkeys(names(space), 0.0) | elsewhere
     table = table_of(space.candidate(at_the_bound))
     covered = {"q", "k", "v", "o"} if "attention" in kinds else set(kinds)
     for kind in ("q", "k", "v", "o", "gate", "up", "down", "norm"):
@@ -283,8 +284,8 @@ def test_layers_alone_have_all_kinds() -> None:
     values = draw(space)
     table = table_of(space.candidate(values))
     for kind in ("q", "norm", "up"):
-        assert table.lookup(EXPERTS[1], inner(kind, 5)).weight == values["math weight group 1"]
-    assert table.lookup(EXPERTS[1], Role("head")).weight == values["math weight"]
+        assert table.lookup(EXPERTS[1], inner(kind, 5)).weight == values["math weight layers 3-5"]
+    assert table.lookup(EXPERTS[1], Role("head")).weight == values["math weight elsewhere"]
 
 
 def test_values_tied_between_models_are_equal() -> None:
@@ -345,7 +346,7 @@ def test_a_fixed_gene_keeps_its_start() -> None:
     assert len(values) == 4
     table = table_of(fixed.candidate(values))
     assert table.lookup(EXPERTS[0], inner("q", 5)).weight == 0.5
-    assert table.lookup(EXPERTS[0], inner("q", 0)).weight == values["code weight group 0"]
+    assert table.lookup(EXPERTS[0], inner("q", 0)).weight == values["code weight layers 0-2"]
 
 
 # -- candidates of every other method -------------------------------------------------------------
@@ -380,8 +381,8 @@ def test_kinds_are_mergekits_filters_the_rest_last() -> None:
 
 def test_the_t_of_slerp_belongs_to_the_whole_slice() -> None:
     space = space_of(recipe_of("slerp"), layers=3, kinds=())
-    assert names(space) == ["t group 0", "t group 1"]
-    assert space.genome.start == {"t group 0": 0.5, "t group 1": 0.5}
+    assert names(space) == ["t layers 0-2", "t layers 3-5"]
+    assert space.genome.start == {"t layers 0-2": 0.5, "t layers 3-5": 0.5}
     values = draw(space)
     data = accept(space.candidate(values))
     for part, value in zip(data["slices"], values.values(), strict=True):
@@ -396,8 +397,8 @@ def test_the_parameters_of_a_model_are_kept() -> None:
     recipe["models"][0]["parameters"] = {"density": 0.3, "weight": 9.0}
     space = space_of(recipe, layers=3, kinds=(), parameters={"weight": {}})
     values = draw(space)
-    for part, group in zip(accept(space.candidate(values))["slices"], (0, 1), strict=True):
-        expected = {"density": 0.3, "weight": values[f"code weight group {group}"]}
+    for part, place in zip(accept(space.candidate(values))["slices"], ("0-2", "3-5"), strict=True):
+        expected = {"density": 0.3, "weight": values[f"code weight layers {place}"]}
         assert part["sources"][0]["parameters"] == expected
 
 
