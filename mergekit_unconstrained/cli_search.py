@@ -137,6 +137,17 @@ def worker(
     )
 
 
+@search.command()
+def settings() -> None:
+    """Print every setting of a search file with its default and what it means."""
+    _jobs()
+    from mergekit_unconstrained.config.explain import explained
+    from mergekit_unconstrained.search.settings import SearchSettings
+
+    click.echo("# A search file; `tasks` (a tasks file, or tasks as there) is required too.")
+    click.echo(explained(SearchSettings), nl=False)
+
+
 def _jobs() -> Any:
     for package in ("optuna", "cmaes"):
         if importlib.util.find_spec(package) is None:

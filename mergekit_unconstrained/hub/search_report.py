@@ -323,8 +323,8 @@ def _front_table(report: Report) -> list[str]:
         lines.append(f"| {one.number} | {cells} |")
     lines += [
         "",
-        "The merge that was written has the best weighted mean on the development split; all values "
-        "are in report.json under `front`.",
+        "The written merge has the best weighted mean on the development split. The values "
+        "of all are in report.json under `front`.",
         "",
     ]
     return lines

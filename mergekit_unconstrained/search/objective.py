@@ -83,7 +83,7 @@ class Objective:
     ) -> Outcome:
         """Score the model as it is now. best: the scores of the best finished candidate."""
         scores: dict[str, list[float]] = {t.name: [] for t in self.tasks}
-        race = racing.on and best is not None
+        race = racing.enabled and best is not None
         early = sorted(s for s in racing.slices if s < 1) if race else ()
         for share in (*early, 1.0):
             for task in self.tasks:

@@ -98,7 +98,7 @@ class Searcher:
         space = self.spaces.of(name)
         racing = self.settings.racing
         if name == SEARCHED and self.objectives > 1:
-            racing = racing.model_copy(update={"on": False})  # no single best to compare with
+            racing = racing.model_copy(update={"enabled": False})  # no single best to compare with
 
         def evaluate(values: Values, best: Scores | None) -> Outcome:
             try:

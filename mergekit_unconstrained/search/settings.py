@@ -21,7 +21,7 @@ BASELINES: tuple[Baseline, ...] = ("uniform_grid", "uniform_random", "random")
 class Strict(BaseModel):
     """A part of the file: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Range(Strict):
@@ -36,16 +36,19 @@ class GenomeSettings(Strict):
     """Which numbers of the recipe are searched, and how finely (ours)."""
 
     parameters: dict[str, Range] | None = None
-    """None: what the method takes per model, as far as it is a number and means something."""
+    """Name -> {low, high, start}, each optional. null: what the method takes per model, as far as
+    it is a number and means something."""
     layers: int = Field(default=1, ge=0)
     """So many layers share their values; 0: all of them."""
     kinds: tuple[str, ...] = ("attention", "mlp")
     """Kinds of tensor with values of their own; everything else shares one. () for none. For
     methods without a coefficient table: parts of tensor names, as in mergekit's filters."""
     models: Literal["free", "tied"] = "free"
+    """Whether every expert has values of its own."""
     outer: Literal["free", "tied"] = "tied"
     """Whether embedding, final norm and head have values each (layerwise only)."""
     negative_weights: bool = False
+    """Weights from -1.5 instead of from 0."""
     smooth: bool = False
     """One value a group, and straight lines in between (mergekit's gradients); not layerwise."""
 
@@ -53,7 +56,8 @@ class GenomeSettings(Strict):
 class Racing(Strict):
     """Dropping candidates that cannot win before all examples are scored (ours)."""
 
-    on: bool = True
+    enabled: bool = True
+    """Whether any candidate is dropped."""
     slices: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Shares of the examples after which a candidate is looked at."""
     z: float = Field(default=2.0, gt=0)
@@ -68,13 +72,15 @@ class SearchSettings(Strict):
     recipe: dict[str, Any]
     """As mergekit reads it, without what is searched."""
     genome: GenomeSettings = GenomeSettings()
+    """Which of its numbers are searched."""
     sampler: SamplerName = "cma"
+    """What draws the candidates; nsga2 keeps the tasks apart."""
     budget: int = Field(default=200, ge=1)
     """Candidates of the search, and of each baseline."""
     time: float | None = Field(default=None, gt=0)
     """Seconds after which no further candidate is begun, baselines apart."""
     population: int | None = Field(default=None, ge=2)
-    """None: 4 + floor(3 ln n) (cma), 50 (nsga2)."""
+    """null: 4 + floor(3 ln n) (cma), 50 (nsga2)."""
     sigma: float = Field(default=1 / 6, gt=0)
     """First step of CMA-ES as a share of every gene's range."""
     uniform_first: int = Field(default=30, ge=0)
@@ -83,14 +89,19 @@ class SearchSettings(Strict):
     separable_above: int = Field(default=64, ge=1)
     """More genes than that: CMA-ES with a diagonal covariance (ours)."""
     seed: int = 0
+    """Of every draw: with one process the same seed and budget give the same result."""
     racing: Racing = Racing()
+    """Candidates that cannot win are dropped on a part of the examples."""
     finalists: int = Field(default=5, ge=1)
     """So many best candidates are scored in full on the development split."""
     baselines: tuple[Baseline, ...] = ("uniform_grid", "uniform_random")
+    """Searched too, with as many candidates, to be compared with."""
     batch_size: int = Field(default=16, ge=1)
+    """Examples at a time; halved when memory runs out."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the live model; None: bfloat16 on an accelerator, else float32."""
+    """Of the live model; null: bfloat16 on an accelerator, else float32."""
     device: str | None = None
+    """As torch names it; null: an accelerator where there is one."""
     memory: float = Field(default=0.5, gt=0, le=0.95)
     """Share of this machine's memory that parents and what is prepared of them may take."""
     allow_test_split: bool = False

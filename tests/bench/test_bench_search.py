@@ -69,7 +69,7 @@ def search_file(folder: Path, operator: str) -> Path:
         },
         "tasks": {"said": {"kind": "likelihood", "data": {"search": "search.jsonl"}}},
         "sampler": "random",
-        "racing": {"on": False},
+        "racing": {"enabled": False},
         "budget": CANDIDATES,
     }
     path = folder / f"{operator}.yml"
@@ -190,7 +190,7 @@ def test_quality_at_equal_evaluations(stories: Path, tmp_path: Path) -> None:
             path = tmp_path / f"{name}{seed}.yml"
             content = {
                 "recipe": {**recipe, **method}, "tasks": tasks, "genome": {"kinds": kinds},
-                "racing": {"on": False}, "budget": EVALUATIONS, "seed": seed,
+                "racing": {"enabled": False}, "budget": EVALUATIONS, "seed": seed,
             }  # fmt: skip
             path.write_text(yaml.safe_dump(content))
             plan = searching.plan_search(path, tmp_path / f"{name}{seed}", options)
@@ -230,7 +230,7 @@ def test_quality_at_equal_evaluations(stories: Path, tmp_path: Path) -> None:
             searcher.write("search", best)
             scores = searcher.score_in_full("development", searcher.tasks)
             held = {t: np.mean([one.value for one in s]) for t, s in scores.items()}
-            outcome = searcher.objective.score(searcher.subject, Racing(on=False))
+            outcome = searcher.objective.score(searcher.subject, Racing(enabled=False))
             found[name, seed] = (outcome.value, float(np.mean(list(held.values()))), spent)
     print(f"\n{EVALUATIONS} evaluations, nats per byte, higher is better")
     print(f"{'':10}{'seed':>6}{'search':>10}{'development':>13}{'CPU s':>8}")

@@ -82,8 +82,8 @@ def test_the_value_is_the_weighted_mean_of_means() -> None:
     objective = scored(tasks, lambda i: a[i], lambda i: b[i], lambda _: 99.0)
     outcome = objective.score(SUBJECT, Racing())
     assert outcome.value == pytest.approx((3 * np.mean(a) + 0.5 * np.mean(b)) / 3.5, rel=1e-14)
-    assert objective.by_task(outcome.scores) == pytest.approx([np.mean(a), np.mean(b), 99.0])
-    assert outcome.examples == objective.size == 13
+    assert objective.by_task(outcome.scores) == pytest.approx([np.mean(a), np.mean(b)])
+    assert outcome.examples == objective.size == 12  # a task of weight 0 is only reported
     assert not outcome.dropped
     assert outcome.failure == ""
 
@@ -167,7 +167,7 @@ def test_racing_can_be_switched_off() -> None:
     tasks = [Told("a", 100)]
     objective = scored(tasks, lambda _: 0.0)
     best = best_scores(objective, {"a": lambda _: 1.0})
-    outcome = objective.score(SUBJECT, Racing(on=False), best)
+    outcome = objective.score(SUBJECT, Racing(enabled=False), best)
     assert not outcome.dropped
     assert tasks[0].asked == [[e.id for e in objective.examples["a"]]]
 

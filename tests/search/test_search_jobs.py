@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 
 from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.search.objective import Objective
+from mergekit_unconstrained.search.settings import SearchSettings
 from tests.search.conftest import Planted
 
 
@@ -279,3 +281,57 @@ def test_a_search_of_other_settings_does_not_mix_with_what_is_there(
     result = run(search_file(budget=4, baselines=[], seed=1), out)
     assert result.exit_code == 1
     assert "other models, tasks or settings" in " ".join(result.output.split())
+
+
+def test_settings_are_explained_and_are_the_defaults() -> None:
+    said = succeed("settings")
+    data = yaml.safe_load(said)
+    defaults = SearchSettings(recipe={}).model_dump(mode="json")
+    assert {**data, "recipe": {}} == defaults
+    for words in ("# One of cma, tpe", "# recipe:   (required)", "uniform_first: 30"):
+        assert words in said or words.removeprefix("# ") in said
+    for field in SearchSettings.model_fields.values():
+        assert field.description, field
+
+
+def test_the_merge_file_runs_from_where_the_search_ran(searched: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((searched / "merge.yml").read_text())
+    found = yaml.safe_load(recipe["parameters"]["coefficients"])
+    assert found == yaml.safe_load((searched / "coefficients.yml").read_text())
+    kept = yaml.safe_load((searched.parent / "out.search/best/merge.yml").read_text())
+    kept["parameters"]["coefficients"] = recipe["parameters"]["coefficients"]
+    path, out = tmp_path / "merge.yml", tmp_path / "again"
+    path.write_text(yaml.safe_dump(kept))
+    result = CliRunner().invoke(main, ["yaml", str(path), str(out), "--quiet"])
+    assert result.exit_code == 0, result.output
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (searched / weights).read_bytes()
+
+
+def test_the_card_says_that_it_was_searched_and_how_good_it_is(searched: Path) -> None:
+    card = (searched / "README.md").read_text()
+    assert "found by a search: cma, 45 candidates" in card
+    assert "not been evaluated" not in card
+    assert "this model" in card
+    assert "[report.md](report.md)" in card
+
+
+def test_a_finished_search_says_how_to_go_on(
+    search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    path = search_file(budget=3, baselines=[])
+    succeed(path, out)
+    said = " ".join(run(path, out).output.split())
+    assert "keeps every candidate" in said
+    assert "larger --budget" in said
+    shutil.rmtree(out)
+    succeed(path, out, "--budget", 5)
+    assert report(out)["studies"][0]["candidates"] == 5
+
+
+def test_a_grid_of_too_many_numbers_is_refused(
+    search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = run(search_file(sampler="grid", budget=16), tmp_path / "out")
+    assert "a grid of 6 numbers takes 64 candidates" in " ".join(result.output.split())
