@@ -8,6 +8,14 @@ from typing import Any
 import click
 
 
+def _print_settings(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from mergekit_unconstrained.evaluation.explained import kinds_text
+
+        click.echo(kinds_text(), nl=False)
+        ctx.exit()
+
+
 @click.command(short_help="Score MODELS on the tasks of a file.")
 @click.argument("models", nargs=-1, required=True, metavar="MODELS...")
 @click.option("--tasks", required=True, type=click.Path(), help="The tasks file (YAML).")
@@ -37,6 +45,15 @@ import click
 )
 @click.option("--device", default="auto", show_default=True, help="As torch names it: cuda:1, cpu.")
 @click.option("--allow-code", is_flag=True, help="Run Python that a model writes, in a sandbox.")
+@click.option("--overwrite", is_flag=True, help="Drop other models' and tasks' scores in --out.")
+@click.option(
+    "--settings",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_settings,
+    help="Print every kind of task with all its settings, their defaults and meaning; stop.",
+)
 def evaluate(models: tuple[str, ...], tasks: str, **options: Any) -> None:
     """Score MODELS on the tasks of a file, with n and standard errors.
 

@@ -12,6 +12,7 @@ from mergekit_unconstrained.evaluation.records import SPLITS, Example, Message, 
 from mergekit_unconstrained.evaluation.settings import (
     FileSettings,
     GenerationSettings,
+    JoinedSettings,
     PromptSettings,
     TaskSettings,
 )
@@ -52,6 +53,11 @@ class ConfiguredTask(Task, Generic[S]):
         """As Subject takes it: None for auto."""
         chat = cast(PromptSettings, self.settings).chat
         return None if chat == "auto" else chat
+
+    @property
+    def separator(self) -> str:
+        """As Subject takes it."""
+        return cast(JoinedSettings, self.settings).separator
 
     def benchmark(self, split: Split) -> str | None:  # noqa: ARG002 - for kinds that know
         """The published benchmark whose test split these examples are; None where not known."""
@@ -124,6 +130,7 @@ class SpokenTask(ConfiguredTask[S]):
             max_new_tokens=settings.max_new_tokens,
             stop=settings.stop,
             chat=self.chat,
+            separator=self.separator,
             advance=advance,
         )
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,17 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto", batch_size: in
     return Subject(name, model, tokenizer, weights, batch_size)
 
 
+def check_there(name: str) -> None:
+    """Look for a model, and its adapter, without loading it; what is on the Hub is fetched.
+
+    ModelError when there is none, or a folder lacks its configuration or weights.
+    """
+    model, adapter = _parts(name)
+    _folder(model, "config.json", "model")
+    if adapter:
+        _folder(adapter, "adapter_config.json", "adapter")
+
+
 def fingerprint(folders: list[Path], dtype: str) -> str:
     """Hash of what the files of a model (and adapter) hold, and of the precision it runs in."""
     found = hashlib.sha256(dtype.encode())
@@ -77,7 +89,19 @@ def _folder(name: str, config: str, what: str) -> Path:
         raise ModelError(
             f"{name} has no weights as safetensors, and nothing else is read: convert them"
         )
+    missing = [file for file in _listed(path) if not (path / file).is_file()]
+    if missing:
+        raise ModelError(f"{name} is incomplete: {missing[0]} of its index is not there")
     return path
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files that an index of several names; what is wrong with an index, loading tells."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return sorted(set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def _from_hub(name: str, what: str) -> Path:

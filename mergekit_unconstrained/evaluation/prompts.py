@@ -1,8 +1,10 @@
 """Messages as the tokens a model reads, and where its answer begins and ends.
 
 With a chat template: the template's text with the beginning of the assistant's turn; the template
-writes every special token itself. Without one: the messages' contents joined by newlines, behind
-the tokenizer's own beginning (a <s>, where it sets one). The answer follows directly.
+writes every special token itself, and the answer follows directly. Without one: the messages'
+contents joined by newlines, behind the tokenizer's own beginning (a <s>, where it sets one), and a
+newline before the answer, which is how a fusion trains such models. A prompt that ends in white
+space has its separation already and gets no newline; `separator` puts any text there instead.
 
 An answer's tokens are those of "prompt + answer" tokenised together, behind the tokens of the
 prompt. Only where the two together begin with other tokens than the prompt alone (a token would
@@ -17,6 +19,8 @@ from typing import Any, NamedTuple
 from mergekit_unconstrained.errors import ModelError
 from mergekit_unconstrained.evaluation.records import Message
 
+AUTO = "auto"
+"""As `separator`: a newline, unless the prompt ends in white space or is empty."""
 _MARK = "zqanswerqz"
 
 
@@ -25,6 +29,18 @@ class Pair(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
+
+
+def is_templated(tokenizer: Any, chat: bool | None) -> bool:
+    """Whether a chat template writes the prompt. chat: None where the tokenizer has one."""
+    return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+
+
+def between(prompt: str, separator: str) -> str:
+    """What stands between a prompt without template and its answer."""
+    if separator != AUTO:
+        return separator
+    return "" if not prompt or prompt[-1].isspace() else "\n"
 
 
 class Prompts:
@@ -42,21 +58,29 @@ class Prompts:
         self._turn_end: int | None = None
         self._turn_end_sought = False
 
-    def text(self, messages: Sequence[Message], chat: bool | None) -> str:
+    def text(self, messages: Sequence[Message], chat: bool | None, separator: str = AUTO) -> str:
         """The prompt up to where the answer begins; ModelError when there is no template for it."""
         if not self._templated(chat):
-            return "\n".join(message.content for message in messages)
+            plain = "\n".join(message.content for message in messages)
+            return plain + between(plain, separator)
         return self._template([{"role": m.role, "content": m.content} for m in messages])
 
-    def ids(self, messages: Sequence[Message], chat: bool | None) -> list[int]:
+    def ids(
+        self, messages: Sequence[Message], chat: bool | None, separator: str = AUTO
+    ) -> list[int]:
         """The prompt's tokens."""
-        return self._prompt(self.text(messages, chat), chat)
+        return self._prompt(self.text(messages, chat, separator), chat)
 
     def with_answer(
-        self, messages: Sequence[Message], answer: str, chat: bool | None, end: bool
+        self,
+        messages: Sequence[Message],
+        answer: str,
+        chat: bool | None,
+        end: bool,
+        separator: str = AUTO,
     ) -> Pair:
         """Prompt and answer. end: with the end of turn behind it, where the model has one."""
-        text = self.text(messages, chat)
+        text = self.text(messages, chat, separator)
         prompt = self._prompt(text, chat)
         whole = self._prompt(text + answer, chat)
         if whole[: len(prompt)] == prompt:
@@ -93,13 +117,12 @@ class Prompts:
         return ids
 
     def _templated(self, chat: bool | None) -> bool:
-        has = bool(getattr(self._tokenizer, "chat_template", None))
-        if chat and not has:
+        if chat and not is_templated(self._tokenizer, None):
             raise ModelError(
                 f"the tokenizer of {self._name} has no chat template: use `chat: auto` or "
                 "`chat: false`"
             )
-        return has if chat is None else chat
+        return is_templated(self._tokenizer, chat)
 
     def _template(self, messages: list[dict[str, str]], begin: bool = True) -> str:
         try:

@@ -56,10 +56,18 @@ class PromptSettings(TaskSettings):
     """A system message before every question."""
     chat: Literal["auto"] | bool = "auto"
     """Whether the tokenizer's chat template is used; auto: where it has one. Without it, the
-    messages are joined by newlines and the answer follows directly."""
+    messages are joined by newlines."""
 
 
-class FileSettings(PromptSettings):
+class JoinedSettings(PromptSettings):
+    """A task whose prompt and answer we put together."""
+
+    separator: str = "auto"
+    """Without a chat template: the text between prompt and answer, "" for nothing. auto: a newline,
+    as a fusion trains; nothing behind a prompt that ends in white space."""
+
+
+class FileSettings(JoinedSettings):
     """A task whose examples lie in JSONL files."""
 
     unkeyed: ClassVar[frozenset[str]] = TaskSettings.unkeyed | {

@@ -81,12 +81,16 @@ class Subject:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         chat: bool | None = None,
+        separator: str = "auto",
     ) -> list[str]:
         """Greedy continuations, cut before the first stop string and at the end of turn.
 
-        chat: whether the tokenizer's chat template is used; None where it has one.
+        chat: whether the tokenizer's chat template is used; None where it has one. separator:
+        without a template, the text between prompt and answer; auto: a newline, see prompts.py.
         """
-        found = self.continuations(prompts, max_new_tokens=max_new_tokens, stop=stop, chat=chat)
+        found = self.continuations(
+            prompts, max_new_tokens=max_new_tokens, stop=stop, chat=chat, separator=separator
+        )
         return [one.text for one in found]
 
     def continuations(
@@ -96,6 +100,7 @@ class Subject:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         chat: bool | None = None,
+        separator: str = "auto",
         advance: Advance = lambda _: None,
     ) -> list[Continuation]:
         """As `generate`, and for each whether it came to an end: token limit, logits of NaN."""
@@ -103,7 +108,7 @@ class Subject:
 
         return greedy(
             self.model,
-            [self.prompts.ids(messages, chat) for messages in prompts],
+            [self.prompts.ids(messages, chat, separator) for messages in prompts],
             Stop(self.tokenizer, self.prompts.ends(chat), tuple(stop), max_new_tokens),
             batch_size=self.batch_size,
             advance=advance,
@@ -116,15 +121,16 @@ class Subject:
         *,
         end: bool = True,
         chat: bool | None = None,
+        separator: str = "auto",
         advance: Advance = lambda _: None,
     ) -> list[Likelihood]:
-        """log p(answer | prompt). end: with the end of turn behind the answer."""
+        """log p(answer | prompt). end: with the end of turn behind the answer; else `generate`."""
         from mergekit_unconstrained.evaluation.likelihoods import log_likelihoods
 
         found = log_likelihoods(
             self.model,
             [
-                self.prompts.with_answer(messages, answer, chat, end)
+                self.prompts.with_answer(messages, answer, chat, end, separator)
                 for messages, answer in zip(prompts, answers, strict=True)
             ],
             batch_size=self.batch_size,

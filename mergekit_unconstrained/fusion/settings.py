@@ -5,14 +5,13 @@ Strict: an unknown key or an impossible value is one error that names the place.
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mergekit_unconstrained.config.document import Document
+from mergekit_unconstrained.config.explain import explained
 from mergekit_unconstrained.config.words import suggest
 
 AlignmentName = Literal["bytes", "dtw_fusechat", "dtw_fusellm"]
@@ -189,12 +188,5 @@ def load_settings(path: str | Path | None) -> FusionSettings:
 
 
 def settings_text(settings: FusionSettings) -> str:
-    """A settings file with every value written out, each below what it means."""
-    lines = []
-    for name, field in FusionSettings.model_fields.items():
-        words = " ".join((field.description or "").split())
-        lines += textwrap.wrap(words, 96, initial_indent="# ", subsequent_indent="# ")
-        value = settings.model_dump(mode="json")[name]
-        written = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()
-        lines.append(f"{name}: {written[1:-1]}")
-    return "\n".join(lines) + "\n"
+    """A settings file with every value written out, each below what it means and may be."""
+    return explained(FusionSettings, values=settings.model_dump(mode="json"))

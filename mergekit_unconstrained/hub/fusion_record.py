@@ -59,7 +59,7 @@ def describe(
     scores: bits per byte on the held-out conversations, by what the card calls the model.
     """
     parents = {parent.name: parent for _, parent in plan.parents}
-    recipe = pinned_recipe(plan.document, parents, False)
+    recipe = pinned_recipe(plan.document, parents, False, SETTINGS)
     (folder / record.RECIPE).write_text(recipe, encoding="utf-8")
     # The work folder is this machine's business, and may be an absolute path.
     settings = settings_text(plan.settings.model_copy(update={"work_dir": None}))
@@ -132,7 +132,7 @@ def _card(
         method=method,
         parents=tuple(_parent(parent, role, digests) for role, parent in plan.parents),
         recipe=recipe,
-        command=shlex.join(["mergekit-yaml", record.RECIPE, "OUT"]),
+        command=_command(plan),
         versions=record.versions((*record.PACKAGES, "tokenizers")),
         outputs=tuple(record.file_facts(f) for f in weight_files(folder)),
         tokenizer=plan.pivot.name,
@@ -145,6 +145,15 @@ def _card(
         ),
         unknown=_unknown(plan),
     )
+
+
+def _command(plan: FusionPlan) -> str:
+    """What to run, and the file that it needs beside the recipe."""
+    command = shlex.join(["mergekit-yaml", record.RECIPE, "OUT"])
+    if not plan.settings_path:
+        return command
+    needed = f"# {record.RECIPE} needs {SETTINGS} of this folder in the current directory"
+    return f"{needed}\n{command}"
 
 
 def _unknown(plan: FusionPlan) -> tuple[str, ...]:

@@ -37,10 +37,16 @@ def portable(path: str) -> str:
     return short_name(path) if absolute or path.startswith(("~", "..")) else path
 
 
-def pinned_recipe(document: Document, parents: Mapping[str, Parent], has_table: bool) -> str:
-    """The recipe's text with its models pinned and its table beside it.
+def pinned_recipe(
+    document: Document,
+    parents: Mapping[str, Parent],
+    has_table: bool,
+    settings: str | None = None,
+) -> str:
+    """The recipe's text with its models pinned, and its table and settings beside it.
 
-    parents: by the model's name in the recipe.
+    parents: by the model's name in the recipe. settings: the settings file's name there; the recipe
+    of a fusion that names one then names this one.
     """
     changes: dict[Place, str] = {}
     for place, value in walk(document.data):
@@ -48,6 +54,8 @@ def pinned_recipe(document: Document, parents: Mapping[str, Parent], has_table: 
             changes[place] = pinned_name(parents[str(value)])
         elif has_table and place[-1:] == ("coefficients",) and isinstance(value, str):
             changes[place] = TABLE
+        elif settings is not None and place == ("parameters", "settings") and value:
+            changes[place] = settings
     if document.text is None:
         return clean(yaml.safe_dump(_replaced(document.data, changes), sort_keys=False), parents)
     spans = {document.spans[p]: v for p, v in changes.items() if p in document.spans}

@@ -16,11 +16,13 @@ from typing import Any
 from mergekit_unconstrained import __version__
 from mergekit_unconstrained.errors import DataError, ModelError, OutputError
 from mergekit_unconstrained.evaluation.cache import ScoreCache
+from mergekit_unconstrained.evaluation.loading import check_there
 from mergekit_unconstrained.evaluation.records import SPLITS, Example, Scored, Split
 from mergekit_unconstrained.evaluation.run import Results, evaluate, wanted
 from mergekit_unconstrained.evaluation.settings import load_tasks
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
+from mergekit_unconstrained.jobs import scores_folder
 from mergekit_unconstrained.present import evaluation as display
 
 
@@ -36,11 +38,13 @@ def evaluate_models(
     dtype: str = "auto",
     device: str = "auto",
     allow_code: bool = False,
+    overwrite: bool = False,
 ) -> list[Results]:
     """Score models on tasks, print one table and save it where `out` says.
 
-    Everything that can be read without a model is read first. Any error of the tree; never one for
-    a single example, whose failure is told in the table.
+    Everything that can be read without a model is read first, and every model is looked for before
+    the first one is scored. overwrite: drop scores of another command in `out`. Any error of the
+    tree; never one for a single example, whose failure is told in the table.
     """
     if not models:
         raise ModelError("name at least one model")
@@ -51,9 +55,12 @@ def evaluate_models(
         raise DataError(f"there is no {split!r} split: choose one of {', '.join(SPLITS)}")
     tasks = load_tasks(tasks_file, allow_code=allow_code)
     total = sum(len(wanted(task, split, limit)) for task in tasks)
+    for name in models:
+        check_there(name)
     known = None if cache is None else ScoreCache(cache)
     if out is not None:
-        _make(out)
+        question = scores_folder.asked(tasks, split, limit)
+        scores_folder.prepare(out, models, question, overwrite)
     found: list[Results] = []
     with display.example_progress(total * len(models)) as (advance, tell):
         for name in models:
@@ -89,8 +96,9 @@ def _unique(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _save(results: Sequence[Results], tasks: Sequence[Task], limit: int | None, out: Path) -> None:
-    scores = {"mergekit_unconstrained": __version__, **display.data(results)}
-    _write(out / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    question = scores_folder.asked(tasks, results[0].split, limit)
+    scores = {scores_folder.MADE_BY: __version__, **question, **display.data(results)}
+    _write(out / scores_folder.SCORES, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     _write(out / "scores.csv", display.table_csv(results))
     _write(out / "table.md", display.markdown(results))
     last = results[-1]

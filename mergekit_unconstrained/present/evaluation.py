@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,23 +13,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mergekit_unconstrained.evaluation.run import Results, TaskResult
 from mergekit_unconstrained.present import console
+from mergekit_unconstrained.present.grid import grid
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def print_results(results: Sequence[Results]) -> None:
     """Models x tasks, with n and the standard error of every mean; failures below."""
-    table = Table(title=f"{results[0].split} split", title_justify="left")
-    table.add_column("model")
-    for task in results[0].tasks:
-        table.add_column(escape(f"{task.task}\n{task.unit}\nn = {task.score.n}"), justify="right")
-    for one in results:
-        table.add_row(escape(one.model), *(cell(task) for task in one.tasks))
-    console.print(table)
+    console.print(table(results, console.width))
     console.print("mean ± standard error over the examples", highlight=False)
     for line in failures(results):
         console.print(escape(line), highlight=False)
+
+
+def table(results: Sequence[Results], width: int) -> Table:
+    """The table for so many characters of width; where it is too wide, tasks are the rows."""
+    return grid(
+        f"{results[0].split} split",
+        "model",
+        [one.model for one in results],
+        {t.task: f"{t.task}\n{t.unit}\nn = {t.score.n}" for t in results[0].tasks},
+        {(one.model, task.task): Text(cell(task)) for one in results for task in one.tasks},
+        width,
+    )
 
 
 def markdown(results: Sequence[Results]) -> str:
@@ -94,18 +105,31 @@ def cell(task: TaskResult) -> str:
 
 
 def failures(results: Sequence[Results]) -> list[str]:
-    """A sentence for each model and task with examples that failed, with the commonest reason."""
+    """A sentence for each model and task with examples that failed, with the commonest reason.
+
+    Reasons that differ in their numbers only are one, and show those numbers that they share.
+    """
     lines = []
     for one in results:
         for task in one.tasks:
             reasons = [scored.failure for scored in task.scored if scored.failure]
             if reasons:
-                commonest = max(dict.fromkeys(reasons), key=reasons.count)
+                groups: dict[str, list[str]] = {}
+                for reason in reasons:
+                    groups.setdefault(_NUMBER.sub("0", reason), []).append(reason)
+                commonest = max(groups.values(), key=len)
                 lines.append(
                     f"{one.model} on {task.task}: {len(reasons)} of {task.score.n} examples failed "
-                    f"({reasons.count(commonest)} x {commonest})"
+                    f"({len(commonest)} x {_shared(commonest)})"
                 )
     return lines
+
+
+def _shared(reasons: Sequence[str]) -> str:
+    """The one text of reasons that differ in their numbers only; such numbers as an ellipsis."""
+    numbers = zip(*(_NUMBER.findall(reason) for reason in reasons), strict=True)
+    shown = iter([own[0] if len(set(own)) == 1 else "…" for own in numbers])
+    return _NUMBER.sub(lambda _: next(shown), reasons[0])
 
 
 @contextmanager

@@ -128,7 +128,8 @@ def _next(tokenizer: Any, script: dict[str, str], text: str) -> Any:
         return torch.full((272,), torch.nan)
     if answer == "CRASH":
         raise RuntimeError("the model fell over")
-    said = "" if prompt is None else text.rpartition(prompt)[2].removeprefix("\nassistant\n")
+    said = "" if prompt is None else text.rpartition(prompt)[2]
+    said = said.removeprefix("\nassistant").removeprefix("\n")  # before an answer
     token = tokenizer.eos_token_id
     if answer.endswith("...") or len(said) < len(answer):
         answer = answer.removesuffix("...")

@@ -22,6 +22,7 @@ class Speaking(Subject):
         self.say = say
         self.asked: list[list[tuple[Message, ...]]] = []
         self.stops: tuple[str, ...] = ()
+        self.separators: list[str] = []
 
     def continuations(
         self, prompts: Sequence[Sequence[Message]], *, stop: Sequence[str] = (), **more: Any
@@ -29,6 +30,7 @@ class Speaking(Subject):
         """What `say` says, cut before the first stop text; one batch a call."""
         self.asked.append([tuple(prompt) for prompt in prompts])
         self.stops = tuple(stop)
+        self.separators.append(more.get("separator", "auto"))
         found = []
         for prompt in prompts:
             said = self.say(prompt[-1].content)

@@ -114,8 +114,12 @@ def test_numeric(scripted, make_task):
 def test_regex(scripted, make_task):
     subject = scripted({"q1": "a cat!", "q2": "cat", "q3": "dog"})
     rows = [{"prompt": q, "target": "c.t"} for q in ("q1", "q2", "q3")]
-    assert values(make_task(rows, kind="regex"), subject) == [1, 1, 0]
-    assert values(make_task(rows, kind="regex", whole=True), subject) == [0, 1, 0]
+    assert values(make_task(rows, kind="regex"), subject) == [0, 1, 0]
+    assert values(make_task(rows, kind="regex", search=True), subject) == [1, 1, 0]
+    extracted = make_task(rows, kind="regex", pattern=r"(\w+)!?$")
+    assert values(extracted, subject) == [1, 1, 0]
+    either = [{"prompt": "q1", "target": "cat|a cat!"}]  # an alternation is one, too
+    assert values(make_task(either, kind="regex"), subject) == [1]
 
 
 def test_an_answer_that_does_not_stop_is_scored_on_what_was_said(scripted, make_task):

@@ -43,6 +43,40 @@ def test_lengths_are_divided_by(make_task, normalise, chosen):
     assert subject.asked == [("q", " aa"), ("q", " bbbbbb"), ("q", " ccc")]
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "read"),
+    [
+        ("likelihood", {}, "Q\n"),
+        ("likelihood", {"separator": ""}, "Q"),
+        ("choice", {}, "Q\n"),
+        ("choice", {"separator": ""}, "Q"),
+        ("choice", {"before": " "}, "Q"),  # its white space takes the newline's place
+        ("choice", {"before": "a"}, "Q\n"),
+        ("choice", {"before": " ", "separator": "="}, "Q="),
+    ],
+)
+def test_what_stands_before_a_choice_or_target(make_task, byte_tokenizer, kind, settings, read):
+    row = {"prompt": "Q", "choices": ["x", "y"], "target": "x"}
+    subject = Subject("m", None, byte_tokenizer())
+    seen = []
+
+    def note(*asked, **_):
+        seen.append(subject.tokenizer.decode(subject.prompts.with_answer(*asked).prompt))
+        return [Likelihood(-1.0, 1, 1)]
+
+    def likely(prompts, answers, *, chat, end, separator, **_):
+        return [
+            one
+            for messages, answer in zip(prompts, answers, strict=True)
+            for one in note(messages, answer, chat, end, separator)
+        ]
+
+    subject.log_likelihoods = likely
+    task = make_task([row], kind=kind, **settings)
+    task.score(subject, task.examples("test"))
+    assert set(seen) == {read}
+
+
 def test_the_likeliest_choice_is_taken(make_task, byte_tokenizer, random_model):
     task = make_task(ROWS, kind="choice")
     subject = Subject("m", random_model(), byte_tokenizer())

@@ -161,6 +161,9 @@ def test_the_prompt_stays_in_front_where_it_is_python():
     asked = Example("0", (Message("user", HUMANEVAL["prompt"]),), extra={"entry_point": "total"})
     own = "def total(xs: List[int]): return sum(xs)\n"
     assert answer_parts(asked, f"```python\n{own}```") == (HUMANEVAL["prompt"], own)
+    begun = Example("0", (Message("user", "def total(xs):"),), extra={"entry_point": "total"})
+    assert answer_parts(begun, " return 1", "") == ("def total(xs): return 1",)
+    assert answer_parts(begun, "  return 1", "auto") == ("def total(xs):\n  return 1",)
     spoken = Example("0", (Message("user", MBPP["prompt"]),))
     assert answer_parts(spoken, "x = 1") == ("x = 1",)
 

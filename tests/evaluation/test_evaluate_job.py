@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.errors import ModelError, OutputError
-from mergekit_unconstrained.evaluation.loading import fingerprint
+from mergekit_unconstrained.evaluation.loading import check_there, fingerprint
 from mergekit_unconstrained.evaluation.records import Message
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.jobs.evaluating import evaluate_models, folder_names
@@ -216,11 +216,88 @@ def test_the_command_tells_mistakes_in_one_line(models, tasks, tmp_path):
         assert isinstance(result.exception, SystemExit)
 
 
-def test_a_disk_that_refuses_is_one_clear_error(models, tasks, tmp_path):
+def test_a_disk_that_refuses_is_one_clear_error(models, tasks, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OutputError, match=r"cannot write .*scores.json': No space left"):
+        evaluate_models([str(models / "first")], tasks, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("./none", "there is no model folder './none'"),
+        ("FIRST+./none", "there is no adapter folder './none'"),
+        ("BROKEN", "has no weights as safetensors"),
+    ],
+)
+def test_every_model_is_looked_for_before_the_first_is_loaded(
+    models, tasks, tmp_path, monkeypatch, last, told
+):
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Subject, "load", refuse)
+    last = last.replace("FIRST", str(models / "first"))
+    if last == "BROKEN":
+        last = broken(models, tmp_path, "weights")
     out = tmp_path / "out"
-    (out / "scores.json").mkdir(parents=True)
-    with pytest.raises(OutputError, match="cannot write"):
-        evaluate_models([str(models / "first")], tasks, out=out)
+    with pytest.raises(ModelError, match=told):
+        evaluate_models([str(models / "first"), last], tasks, out=out)
+    assert not out.exists()
+
+
+def test_an_index_that_names_a_file_too_many_is_told(models, tmp_path):
+    folder = Path(broken(models, tmp_path, ""))
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"is incomplete: model-2.safetensors of its index"):
+        check_there(str(folder))
+
+
+def test_a_folder_of_something_else_is_left_alone(models, tasks, tmp_path):
+    for name, text in [("notes.txt", "mine"), ("scores.json", "{}"), ("scores.json", "no JSON")]:
+        out = tmp_path / f"out{len(text)}"
+        out.mkdir()
+        (out / name).write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="no earlier output of `evaluate`"):
+                evaluate_models([str(models / "first")], tasks, out=out, overwrite=overwrite)
+        assert [(f.name, f.read_text()) for f in out.iterdir()] == [(name, text)]
+
+
+def test_scores_of_two_commands_do_not_mix(models, tasks, write_tasks, tmp_path):
+    first, second = str(models / "first"), str(models / "second")
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    told = {"out": out, "cache": cache}
+    evaluate_models([first], tasks, **told)
+    evaluate_models([first], tasks, **told)  # the same again
+    evaluate_models([first, second], tasks, **told)  # as after a run that was killed
+    before = (out / "scores.json").read_text()
+    with pytest.raises(OutputError, match=f"another model, {second}: .*--overwrite"):
+        evaluate_models([first], tasks, **told)
+    with pytest.raises(OutputError, match="scores of --limit none: "):
+        evaluate_models([first, second], tasks, limit=2, **told)
+    task = {"kind": "likelihood", "data": "sums.jsonl"}
+    changed = write_tasks({"likely": {**task, "end": False}, "sums/1": task})
+    with pytest.raises(
+        OutputError, match="scores of the task likely with other settings or examples: "
+    ):
+        evaluate_models([first, second], changed, **told)
+    data = write_tasks({"likely": task, "sums/1": task}, sums=ROWS[1:])
+    with pytest.raises(OutputError, match="of the task likely with other settings or examples: "):
+        evaluate_models([first, second], data, **told)
+    fewer = write_tasks({"likely": task}, sums=ROWS)
+    with pytest.raises(OutputError, match="scores of other tasks, likely, sums/1: "):
+        evaluate_models([first, second], fewer, **told)
+    assert (out / "scores.json").read_text() == before
+    arguments = ["evaluate", first, "--tasks", str(fewer), "--out", str(out), "--overwrite"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert list(json.loads((out / "scores.json").read_text())["models"]) == [first]
+    left = [str(file.relative_to(out)) for file in out.glob("examples/*/*")]
+    assert left == ["examples/first/likely.jsonl"]
 
 
 def test_models_get_folders_of_their_own():

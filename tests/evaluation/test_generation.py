@@ -42,17 +42,17 @@ def test_they_are_the_plain_models(byte_tokenizer, random_model, architecture):
     assert len(set(right)) > 3  # or the test could not tell rows apart
     for batch_size in (1, 6):
         subject = Subject("m", model, tokenizer, batch_size=batch_size)
-        assert subject.generate(asked(), max_new_tokens=12) == right
+        assert subject.generate(asked(), max_new_tokens=12, separator="") == right
 
 
 def test_rows_that_end_early_leave_the_others_alone(byte_tokenizer, random_model):
     model, tokenizer = random_model(seed=3), byte_tokenizer()
     subject = Subject("m", model, tokenizer, batch_size=6)
-    free = subject.generate(asked(), max_new_tokens=16)
+    free = subject.generate(asked(), max_new_tokens=16, separator="")
     # a text that four of the six say early
     early = [text for text in free if len(text) > 3]
     stop = tuple({text[1] for text in early[:4]})
-    cut = subject.generate(asked(), max_new_tokens=16, stop=stop)
+    cut = subject.generate(asked(), max_new_tokens=16, stop=stop, separator="")
     firsts = [min((text.find(s) for s in stop if s in text), default=None) for text in free]
     assert cut == [text[:at] for text, at in zip(free, firsts, strict=True)]
     assert sum(at is not None for at in firsts) >= 4
@@ -97,7 +97,8 @@ def test_logits_that_are_not_finite_fail_their_own_row(scripted):
 
 def test_what_a_model_cannot_read_fails_by_itself(byte_tokenizer, random_model):
     subject = Subject("m", random_model("gpt2", seed=1), byte_tokenizer())
-    found = subject.continuations(asked(["x" * 128, "x" * 126]), max_new_tokens=9)
+    prompts = asked(["x" * 128, "x" * 126])
+    found = subject.continuations(prompts, max_new_tokens=9, separator="")
     assert found[0].failure == "the prompt has 128 tokens and the model reads 128 at most"
     assert found[1].failure in ("", "did not stop within 2 tokens")
 

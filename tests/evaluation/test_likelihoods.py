@@ -22,7 +22,7 @@ def asked(texts=PROMPTS):
 
 def by_hand(model, tokenizer, prompt, answer, end):
     """One token after another, from the model's own full logits of one unpadded row."""
-    first = tokenizer(prompt)["input_ids"]
+    first = tokenizer(prompt + "\n")["input_ids"]
     rest = tokenizer(answer)["input_ids"] + ([tokenizer.eos_token_id] if end else [])
     with torch.no_grad():
         logits = model(torch.tensor([first + rest])).logits[0].double().numpy()
@@ -87,9 +87,9 @@ def test_logits_that_are_not_finite_fail_their_own_row_only(byte_tokenizer, rand
 def test_what_a_model_cannot_read_fails_by_itself(byte_tokenizer, random_model):
     subject = Subject("m", random_model("gpt2"), byte_tokenizer())
     prompts = asked(["x" * 127, "x"])
-    fits, _ = subject.log_likelihoods(prompts, ["yz", "y"], end=False)
+    fits, _ = subject.log_likelihoods(prompts, ["yz", "y"], end=False, separator="")
     assert fits.failure == ""  # its last token is predicted, never read
-    long, short = subject.log_likelihoods(prompts, ["yz", "y"], end=True)
+    long, short = subject.log_likelihoods(prompts, ["yz", "y"], end=True, separator="")
     assert long.failure == "prompt and answer have 130 tokens and the model reads 128 at most"
     assert (long.nats, short.failure) == (-math.inf, "")
 

@@ -18,14 +18,46 @@ def test_a_template_is_used_where_there_is_one(byte_tokenizer):
         "<|im_start|>assistant\n"
     )
     assert prompts.text(ASKED, None) == prompts.text(ASKED, True) == templated
-    assert prompts.text(ASKED, False) == "Be brief.\nHi?"
+    assert prompts.text(ASKED, False) == "Be brief.\nHi?\n"
+    assert prompts.text(ASKED, None, "=") == templated  # a template separates for itself
 
 
 def test_without_a_template_the_messages_are_joined_by_newlines(byte_tokenizer):
     prompts = Prompts(byte_tokenizer(), "m")
-    assert prompts.text(ASKED, None) == "Be brief.\nHi?"
+    assert prompts.text(ASKED, None) == "Be brief.\nHi?\n"
     with pytest.raises(ModelError, match="m has no chat template"):
         prompts.text(ASKED, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "separator", "text"),
+    [
+        ("Hi?", "auto", "Hi?\n"),
+        ("Hi?\n", "auto", "Hi?\n"),  # separated already, by whatever white space
+        ("Hi? ", "auto", "Hi? "),
+        ("", "auto", ""),
+        ("Hi?", "", "Hi?"),
+        ("Hi?\n", " => ", "Hi?\n => "),
+    ],
+)
+def test_without_a_template_a_newline_stands_before_the_answer(
+    byte_tokenizer, asked, separator, text
+):
+    prompts = Prompts(byte_tokenizer(), "m")
+    assert prompts.text([Message("user", asked)], None, separator) == text
+
+
+def test_a_prompt_is_read_as_a_fusion_writes_it(byte_tokenizer):
+    from mergekit_unconstrained.fusion.data.rendering import Renderer
+    from mergekit_unconstrained.fusion.records import Turn
+
+    tokenizer = byte_tokenizer()
+    turns = [Turn(m.role, m.content) for m in ASKED]
+    written = Renderer(tokenizer, None, tokenizer.eos_token).render(
+        [*turns, Turn("assistant", "Hello.")]
+    )
+    pair = Prompts(tokenizer, "m").with_answer(ASKED, "Hello.", None, end=True)
+    assert tokenizer.decode([*pair.prompt, *pair.answer]) == written.text
 
 
 def test_a_template_that_refuses_is_named(byte_tokenizer):
@@ -58,7 +90,9 @@ def test_no_token_straddles_the_boundary(
     byte_tokenizer, asked, answer, prompt_tokens, answer_tokens
 ):
     tokenizer = byte_tokenizer(merges=(("a", "b"),))
-    pair = Prompts(tokenizer, "m").with_answer([Message("user", asked)], answer, None, end=False)
+    pair = Prompts(tokenizer, "m").with_answer(
+        [Message("user", asked)], answer, None, end=False, separator=""
+    )
     assert tokenizer.convert_ids_to_tokens(pair.prompt) == prompt_tokens
     assert tokenizer.convert_ids_to_tokens(pair.answer) == answer_tokens
 

@@ -120,10 +120,22 @@ def test_limit_takes_the_first_rows_and_reads_no_further(make_task, tmp_path):
     assert [e.messages[0].content for e in task.examples("test")] == ["0", "1"]
 
 
+def test_lm_eval_separates_for_itself(write_tasks):
+    path = write_tasks({"a": {"kind": "harness", "task": "gsm8k", "separator": ""}})
+    with pytest.raises(RecipeError, match="no such setting of `kind: harness`"):
+        load_tasks(path)
+
+
 def test_the_key_changes_with_what_a_score_depends_on_only(make_task):
     plain = make_task([ROW], kind="exact").key
     same = [{"weight": 3}, {"limit": 1}, {"system": "Hi."}, {"allow_test_split": True}]
-    other = [{"max_new_tokens": 3}, {"chat": False}, {"ignore_case": True}, {"stop": ["x"]}]
+    other = [
+        {"max_new_tokens": 3},
+        {"chat": False},
+        {"separator": ""},
+        {"ignore_case": True},
+        {"stop": ["x"]},
+    ]
     assert {make_task([ROW], kind="exact", **settings).key for settings in same} == {plain}
     keys = {make_task([ROW], kind="exact", **settings).key for settings in other}
     assert len(keys | {plain}) == len(other) + 1

@@ -40,11 +40,20 @@ def test_a_block_is_run_and_its_output_shown(tmp_path):
     one, subject = scored(tmp_path, program("print(2 * 3)"), "The answer is 6.")
     assert (one.value, one.failure) == (1.0, "")
     assert [batch[0][-1].content for batch in subject.asked] == [
-        "2 * 3?",
-        "2 * 3?Let me compute.\n```python\nprint(2 * 3)\n```\n```output\n6\n```\n",
+        "2 * 3?\n",
+        "2 * 3?\nLet me compute.\n```python\nprint(2 * 3)\n```\n```output\n6\n```\n",
     ]
-    assert one.said == subject.asked[1][0][0].content.removeprefix("2 * 3?") + "The answer is 6."
+    assert one.said == subject.asked[1][0][0].content.removeprefix("2 * 3?\n") + "The answer is 6."
     assert subject.stops == ("```output",)
+
+
+@pytest.mark.parametrize(("separator", "between"), [("auto", "\n"), ("", ""), (" => ", " => ")])
+def test_what_stands_before_the_answer_stands_there_once(tmp_path, separator, between):
+    one, subject = scored(tmp_path, program("2 * 3"), "So 6.", separator=separator)
+    first, second = (batch[0][-1].content for batch in subject.asked)
+    assert first == f"2 * 3?{between}"
+    assert second == first + one.said.removesuffix("So 6.")
+    assert set(subject.separators) == {""}  # nothing more is put between
 
 
 def test_with_a_chat_template_the_output_is_the_next_message(tmp_path):

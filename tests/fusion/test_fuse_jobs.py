@@ -84,7 +84,10 @@ def test_the_folder_explains_itself(fused: Fused) -> None:
     settings = yaml.safe_load((fused.out / "fuse.yml").read_text())
     assert settings["batch_size"] == 4  # as given
     assert settings["lm_loss_weight"] == 0.9  # a default
+    recipe = yaml.safe_load((fused.out / "mergekit_config.yml").read_text())
+    assert recipe["parameters"]["settings"] == "fuse.yml"  # the one that lies beside it
     card = (fused.out / "README.md").read_text()
+    assert "# mergekit_config.yml needs fuse.yml of this folder" in card
     for said in ("gpt2", "mistral", "SFT on the same data", "bits per byte", "## Teachers"):
         assert said in card
     assert str(fused.folder) not in card + (fused.out / "fusion.json").read_text()

@@ -64,7 +64,7 @@ def write_recipe(
 ) -> Path:
     """A recipe of distribution_fusion with its settings file."""
     chosen = {"batch_size": 4, "device_batch_size": 4, "eval_share": 0.2, "max_length": 128}
-    fuse = folder / "fuse.yml"
+    fuse = folder / "settings.yml"
     fuse.write_text(yaml.safe_dump(chosen | (settings or {})), encoding="utf-8")
     recipe = {
         "merge_method": "distribution_fusion",

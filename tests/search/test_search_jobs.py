@@ -335,3 +335,38 @@ def test_a_grid_of_too_many_numbers_is_refused(
 ) -> None:
     result = run(search_file(sampler="grid", budget=16), tmp_path / "out")
     assert "a grid of 6 numbers takes 64 candidates" in " ".join(result.output.split())
+
+
+def test_a_search_runs_on_a_task_of_lm_eval(
+    search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [
+        {"question": f"What is {i}?", "choices": ["x", "yes", "no way"], "gold": i % 3}
+        for i in range(9)
+    ]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    own = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"validation": "all.jsonl"},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    task = {
+        "kind": "harness",
+        "task": "own.yaml",
+        "splits": {"search": "0:5", "test": "5:9"},
+    }
+    out = tmp_path / "out"
+    succeed(search_file(tasks={"choice": task}, budget=3, baselines=[]), out)
+    (found,) = report(out)["tasks"]
+    assert (found["unit"], found["n"]) == ("acc", 4)

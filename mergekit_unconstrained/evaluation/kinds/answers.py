@@ -71,8 +71,9 @@ class NumericSettings(WordsSettings):
 class RegexSettings(WordsSettings):
     """Of `kind: regex`."""
 
-    whole: bool = False
-    """Whether the target must match the whole answer, white space around it apart."""
+    search: bool = False
+    """Whether the target may match a part of the answer; else all of it, white space around it
+    apart."""
 
 
 class ExactTask(SpokenTask[ExactSettings], FileTask[ExactSettings]):
@@ -111,7 +112,7 @@ class NumericTask(SpokenTask[NumericSettings], FileTask[NumericSettings]):
 
 
 class RegexTask(SpokenTask[RegexSettings], FileTask[RegexSettings]):
-    """Right when the target, a regular expression, is found in the answer."""
+    """Right when the target, a regular expression, matches the answer, or what `pattern` leaves."""
 
     settings_class = RegexSettings
     unit = "regex match"
@@ -132,9 +133,9 @@ class RegexTask(SpokenTask[RegexSettings], FileTask[RegexSettings]):
         part = extracted(self.settings.pattern, said)
         if part is None:
             return 0.0
-        if self.settings.whole:
-            return float(re.fullmatch(example.target, part.strip()) is not None)
-        return float(re.search(example.target, part) is not None)
+        if self.settings.search:
+            return float(re.search(example.target, part) is not None)
+        return float(re.fullmatch(example.target, part.strip()) is not None)
 
 
 def extracted(pattern: str | None, said: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mergekit_unconstrained.errors import DataError
 from mergekit_unconstrained.evaluation.configured import FileTask
+from mergekit_unconstrained.evaluation.prompts import AUTO
 from mergekit_unconstrained.evaluation.reading import texts_of, value_of
 from mergekit_unconstrained.evaluation.records import Example, Scored
 from mergekit_unconstrained.evaluation.settings import FileSettings
@@ -22,7 +23,8 @@ class ChoiceSettings(FileSettings):
     choices: str = "choices"
     """Column of the possible answers."""
     before: str = ""
-    """Text put before every choice, such as a space."""
+    """Text put before every choice, such as a space; white space takes the place of
+    `separator: auto`."""
     normalise: Literal["bytes", "tokens", "none"] = "bytes"
     """What a choice's log-likelihood is divided by, so that long choices stand a chance."""
     end: bool = False
@@ -48,6 +50,12 @@ class ChoiceTask(FileTask[ChoiceSettings]):
             )
         return Example(id, self.messages(row, where), target=str(right), choices=choices)
 
+    @property
+    def separator(self) -> str:
+        """As in ConfiguredTask."""
+        given = self.settings.separator
+        return "" if given == AUTO and self.settings.before[:1].isspace() else given
+
     def score(
         self, subject: Subject, examples: Sequence[Example], advance: Advance = lambda _: None
     ) -> list[Scored]:
@@ -58,6 +66,7 @@ class ChoiceTask(FileTask[ChoiceSettings]):
             [self.settings.before + choice for _, choice in asked],
             end=self.settings.end,
             chat=self.chat,
+            separator=self.separator,
         )
         found, first = [], 0
         for example in examples:

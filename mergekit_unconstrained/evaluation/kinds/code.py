@@ -26,6 +26,7 @@ from mergekit_unconstrained.evaluation.programs import (
     run_programs,
     stopped,
 )
+from mergekit_unconstrained.evaluation.prompts import between, is_templated
 from mergekit_unconstrained.evaluation.reading import text_of, value_of
 from mergekit_unconstrained.evaluation.records import Example, Scored
 from mergekit_unconstrained.evaluation.settings import FileSettings, GenerationSettings
@@ -55,6 +56,8 @@ class CodeSettings(ProgramSettings, GenerationSettings, FileSettings):
 
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest answer; one that has not ended by then counts as a failure, scored all the same."""
+    target: str = "target"
+    """Not for `kind: code`: the tests judge an answer."""
     tests: str = "test"
     """Column of the tests: Python, or a list of Python statements."""
     entry_point: str | None = None
@@ -104,10 +107,12 @@ class CodeTask(FileTask[CodeSettings]):
             max_new_tokens=self.settings.max_new_tokens,
             stop=self.settings.stop,
             chat=self.chat,
+            separator=self.separator,
             advance=advance,
         )
+        joined = "" if is_templated(subject.tokenizer, self.chat) else self.separator
         programs = [
-            tested(example, answer_parts(example, one.text))
+            tested(example, answer_parts(example, one.text, joined))
             for example, one in zip(examples, spoken, strict=True)
         ]
         return [
@@ -124,12 +129,13 @@ class CodeTask(FileTask[CodeSettings]):
         ]
 
 
-def answer_parts(example: Example, said: str) -> tuple[str, ...]:
+def answer_parts(example: Example, said: str, separator: str = "") -> tuple[str, ...]:
     """The program that an answer means, as parts to be run one after the other.
 
     The first fenced block that defines the entry point, else the last block, else the words
     themselves. What does not define the entry point continues the prompt; what does is run behind
-    the prompt where that is Python (it may import what the function needs).
+    the prompt where that is Python (it may import what the function needs). separator: what the
+    model read between prompt and answer, as prompts.py has it.
     """
     prompt = example.messages[-1].content if example.messages else ""
     name = example.extra.get("entry_point")
@@ -137,7 +143,7 @@ def answer_parts(example: Example, said: str) -> tuple[str, ...]:
     own = [code for code in fenced if name is not None and _defines(code, name)]
     code = own[0] if own else fenced[-1] if fenced else said
     if name is not None and not _defines(code, name):
-        return (_longest_python(prompt, code),)
+        return (_longest_python(prompt + between(prompt, separator), code),)
     return (*([prompt] if parses(prompt) else []), _longest_python("", code))
 
 

@@ -20,7 +20,7 @@ from mergekit_unconstrained.evaluation.kinds.answers import extracted
 from mergekit_unconstrained.evaluation.records import SPLITS, Example, Split
 from mergekit_unconstrained.evaluation.settings import (
     GenerationSettings,
-    PromptSettings,
+    JoinedSettings,
     TaskSettings,
 )
 from mergekit_unconstrained.evaluation.splits import question_digest
@@ -34,7 +34,7 @@ _SEEDS: dict[Split, int] = {"search": 1, "development": 2, "test": 3}
 _MARKER = r"(?i:####|\banswer[*_]*\s*(?::|is\b))[*_:\s]*(.+)"
 
 
-class GymSettings(GenerationSettings, PromptSettings):
+class GymSettings(GenerationSettings, JoinedSettings):
     """Of `kind: gym`."""
 
     unkeyed: ClassVar[frozenset[str]] = TaskSettings.unkeyed | {"seeds", "size", "system"}

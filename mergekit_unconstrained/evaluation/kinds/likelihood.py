@@ -39,6 +39,7 @@ class LikelihoodTask(FileTask[LikelihoodSettings]):
             [example.target for example in examples],
             end=self.settings.end,
             chat=self.chat,
+            separator=self.separator,
             advance=advance,
         )
         return [

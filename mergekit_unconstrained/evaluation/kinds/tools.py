@@ -29,6 +29,7 @@ from mergekit_unconstrained.evaluation.programs import (
     stopped,
     without_blocks,
 )
+from mergekit_unconstrained.evaluation.prompts import between, is_templated
 from mergekit_unconstrained.evaluation.records import Example, Message, Scored
 from mergekit_unconstrained.evaluation.sandbox import Ran
 from mergekit_unconstrained.evaluation.settings import FileSettings, GenerationSettings
@@ -92,6 +93,12 @@ class _Conversation:
     kept: list[str] = field(default_factory=list)
     runs: int = 0
 
+    def separate(self, separator: str) -> None:
+        """Put behind the prompt what stands before the answer."""
+        last = self.messages[-1]
+        prompt = last.content + between(last.content, separator)
+        self.messages[-1] = Message(last.role, prompt)
+
 
 class ToolsTask(FileTask[ToolsSettings]):
     """Right when the answer that the model gives in the end is the target."""
@@ -116,10 +123,11 @@ class ToolsTask(FileTask[ToolsSettings]):
         self, subject: Subject, examples: Sequence[Example], advance: Advance = lambda _: None
     ) -> list[Scored]:
         """As in Task. All examples still in conversation speak together, then run together."""
-        templated = self.chat
-        if templated is None:
-            templated = bool(getattr(subject.tokenizer, "chat_template", None))
+        templated = is_templated(subject.tokenizer, self.chat)
         talks = [_Conversation(list(example.messages)) for example in examples]
+        if not templated:
+            for talk in talks:
+                talk.separate(self.separator)
         going = talks
         while going:
             spoken = subject.continuations(
@@ -127,6 +135,7 @@ class ToolsTask(FileTask[ToolsSettings]):
                 max_new_tokens=self.settings.max_new_tokens,
                 stop=(*self.settings.stop, OUTPUT_FENCE),
                 chat=self.chat,
+                separator="",  # it stands in the text already, once
             )
             waiting = [
                 (talk, code)

@@ -194,9 +194,11 @@ class _Run:
         records = []
         for row, one, (topk, nats) in zip(rows, batch, teacher.read(batch), strict=True):
             if not (np.isfinite(topk.log_probs).all() and np.isfinite(topk.gold).all()):
+                told = f"{self._name} gives NaN or infinity in row {row} as {teacher.dtype}"
+                if teacher.dtype == "float32":
+                    raise ModelError(f"{told}: its weights are damaged")
                 raise ModelError(
-                    f"{self._name} gives NaN or infinity in row {row}: its weights are damaged, or "
-                    f"they overflow as {self._settings.collect_dtype} (set `collect_dtype: "
+                    f"{told}: its weights are damaged, or they overflow (set `collect_dtype: "
                     "float32`)"
                 )
             records.append(Record(row, one.response_ids, one.starts, one.ends, topk, nats))

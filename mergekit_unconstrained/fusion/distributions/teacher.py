@@ -62,6 +62,11 @@ class Teacher:
         return getattr(config, "max_position_embeddings", None)
 
     @property
+    def dtype(self) -> str:
+        """What its weights are in: float32, bfloat16, float16."""
+        return str(self._model.dtype).removeprefix("torch.")
+
+    @property
     def top_k(self) -> int:
         """Entries of a distribution."""
         return min(self._asked, self._tokens)
