@@ -37,7 +37,7 @@ types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
 unit: $(STAMP)  ## unit and integration tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## installs in fresh environments, kills, real subprocesses
 	$(BIN)/python -m pytest -m slow

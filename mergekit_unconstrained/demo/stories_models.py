@@ -50,7 +50,7 @@ class Recipe:
 
 # the experts keep hearing plain stories, or they forget them
 RECIPES = (
-    Recipe("base", ("base_skill",), (1.0,), 700, 2e-3),
+    Recipe("base", ("base_skill",), (1.0,), 1000, 2e-3),
     Recipe("expert_a", ("verb_a", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
     Recipe("expert_b", ("verb_b", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
 )
