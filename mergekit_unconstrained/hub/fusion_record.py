@@ -90,9 +90,10 @@ def _facts(made: Stages, scores: Mapping[str, Score]) -> dict[str, Any]:
 
 
 def _public(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results without what only this machine understands."""
+    """Results without what only this machine understands, and without its clock's."""
     hidden = ("feed", "report", "summary", "folder", "model")
-    return {k: v for k, v in results.items() if k not in hidden}
+    timed = ("tokens_per_second", "outside_forward")
+    return {k: v for k, v in results.items() if k not in (*hidden, *timed)}
 
 
 def _card(
