@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.engine.plan import Plan, make_plan
 from mergekit_unconstrained.errors import OutputError, RecipeError
+from mergekit_unconstrained.evaluation.records import Split
 from mergekit_unconstrained.evaluation.settings import load_tasks, read_tasks
 from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_refused
 from mergekit_unconstrained.evaluation.subject import Subject
@@ -55,6 +57,7 @@ from mergekit_unconstrained.search.stock import stock_recipe
 from mergekit_unconstrained.search.study import Study, open_storage
 
 POLL_SECONDS = 2.0
+LATER: tuple[Split, ...] = ("development", "test")
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,21 @@ def _job(settings: SearchSettings, tasks: Sequence[Task], merge: Plan) -> str:
     free = {"budget", "time", "finalists", "baselines", "batch_size", "memory", "device"}
     content = [
         settings.model_dump(mode="json", exclude=free),
-        [[t.name, t.key, t.weight, [e.digest for e in t.examples("search")]]
-         for t in tasks if "search" in t.splits() and t.weight > 0],
+        _digest([t for t in tasks if t.weight > 0], "search"),
         files_hash((merge.base, *merge.experts)),
         __version__,
-    ]  # fmt: skip
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest(tasks: Sequence[Task], split: Split) -> str:
+    """What the scores on a split depend on beside the model: rules, examples, weights of tasks."""
+    content = [
+        [t.name, t.key, t.weight, [[e.id, e.digest] for e in t.examples(split)]]
+        for t in tasks
+        if split in t.splits()
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 # -- running --------------------------------------------------------------------------------------
@@ -201,16 +213,34 @@ def search(
         return
     work = work_of(out)
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as note:
+    with (work / "lock").open("w") as note, _keeping(work):
         staging.lock(note, work)
         searcher = prepare(plan, options)
         opened = open_storage(storage, work / "journal.log")
         studies = run_studies(plan, searcher, opened, shared=storage is not None, lead=True)
-        chosen = choose(searcher, studies, Kept(work / "development.json", plan.job), progress)
-        tested = test(searcher, chosen, Kept(work / "test.json", plan.job), progress)
+        kept = {
+            split: Kept(work / f"{split}.json", plan.job + _digest(plan.tasks, split))
+            for split in LATER
+        }
+        chosen = choose(searcher, studies, kept["development"], progress)
+        tested = test(searcher, chosen, kept["test"], progress)
         found = search_report.gather(searcher, studies, chosen, tested)
         write(plan, searcher, chosen[SEARCHED], found, out, options)
     display.print_summary(found, out, time.monotonic() - started)
+
+
+@contextmanager
+def _keeping(work: Path) -> Iterator[None]:
+    """Say what is kept when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if not staging.disk_full(error):
+            raise
+        raise OutputError(
+            f"the disk is full: make room and run the same command again; {work} keeps every "
+            "candidate that was finished"
+        ) from error
 
 
 def _check_out(out: Path) -> None:
@@ -286,7 +316,10 @@ def run_studies(
     for name in plan.studies:
         budget = len(studies[SEARCHED].trials) if studies else s.budget
         study = searcher.study(name, storage, plan.job, budget)
-        deadline = time.monotonic() + s.time if s.time and not studies else math.inf
+        deadline = math.inf
+        if s.time and not studies:  # what earlier runs of the same search took counts
+            spent = math.fsum(f.seconds for f in study.finished)
+            deadline = time.monotonic() + s.time - spent
         studies[name] = study
         with display.search_bar(LABELS[name], study, budget, searcher.objective.size) as bar:
             while True:

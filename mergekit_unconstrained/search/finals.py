@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
 
 class Kept:
-    """Results by key in one JSON file, computed once; those of another job are put aside."""
+    """Results by key in one JSON file, computed once; those of another job are dropped."""
 
     def __init__(self, path: Path, job: str) -> None:
         self._path = path
@@ -81,7 +80,7 @@ def choose(
             values, value = entrants[0]
             chosen[name] = Chosen(name, values, value, None)
             continue
-        scored = []
+        scored: list[tuple[float, Chosen]] = []
         with progress(f"finalists: {LABELS[name]}", len(entrants)) as advance:
             for values, value in entrants:
                 key = json.dumps([name, values], sort_keys=True)
@@ -93,9 +92,10 @@ def choose(
                         {task: [one.value for one in scores] for task, scores in found.items()}
                     )
 
-                scored.append(Chosen(name, values, value, cache.get(key, score)))
+                found = float(cache.get(key, score))
+                scored.append((found, Chosen(name, values, value, found)))
                 advance(1)
-        chosen[name] = max(scored, key=lambda c: c.development or -math.inf)
+        chosen[name] = max(scored, key=lambda pair: pair[0])[1]
     return chosen
 
 

@@ -6,6 +6,7 @@ each with the same number of candidates.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from mergekit_unconstrained.search.samplers import (
     uniform,
 )
 from mergekit_unconstrained.search.settings import SearchSettings
-from mergekit_unconstrained.search.space import Space
+from mergekit_unconstrained.search.space import SHARED, Space
 from mergekit_unconstrained.search.study import Evaluate, Study
 
 SEARCHED = "search"
@@ -142,28 +143,19 @@ def used_genes(space: Space, live: LiveMerge) -> set[str]:
     if not space.in_table:
         return set(genes.values())
     used: set[str] = set()
-    parameters = {a[1] for a in genes}
+    parameters = {parameter for _, parameter, _, _ in genes}
     for one in live.held:
         role = one.planned.role
         group = None if role.layer is None else space.genome.group_of(role.layer)
-        for owner in one.changed:
-            for parameter in parameters:
-                for who in (owner, "", "*"):
-                    for word in (*role.keys, "") if role.layer is None else (*role.keys, "all", ""):
-                        address = next(
-                            (
-                                a
-                                for a in (
-                                    (who, parameter, group, word),
-                                    (who, parameter, None, word),
-                                )
-                                if a in genes
-                            ),
-                            None,
-                        )
-                        if address is not None:
-                            used.add(genes[address])
-                            break
+        # As a table is looked up: the most exact word first, a layer's before that of all layers.
+        words = (*role.keys, "") if role.layer is None else (*role.keys, "all", "")
+        places = [(where, word) for word in words for where in (group, None)]
+        owners = {who for model in one.changed for who in (model, "", SHARED)}
+        for owner, parameter in itertools.product(owners, parameters):
+            found = ((owner, parameter, *place) for place in places)
+            address = next((a for a in found if a in genes), None)
+            if address is not None:
+                used.add(genes[address])
     return used
 
 

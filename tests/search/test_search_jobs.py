@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.present.bars import quiet
 from mergekit_unconstrained.search.objective import Objective
 from mergekit_unconstrained.search.settings import SearchSettings
 from tests.search.conftest import Planted
@@ -370,3 +372,65 @@ def test_a_search_runs_on_a_task_of_lm_eval(
     succeed(search_file(tasks={"choice": task}, budget=3, baselines=[]), out)
     (found,) = report(out)["tasks"]
     assert (found["unit"], found["n"]) == ("acc", 4)
+
+
+def test_other_test_data_are_scored_anew(
+    search_file: Callable[..., Path], planted: Planted, tmp_path: Path
+) -> None:
+    data = {}
+    for split in ("search", "development", "test"):
+        data[split] = str(tmp_path / f"{split}.jsonl")
+        shutil.copy(planted.folder / f"{split}.jsonl", data[split])
+    tasks = {"likely": {"kind": "likelihood", "data": data, "separator": ""}}
+    path, out = search_file(tasks=tasks, budget=3, baselines=[]), tmp_path / "out"
+    succeed(path, out)
+    before = report(out)["tasks"][0]["means"]
+    lines = Path(data["test"]).read_text().splitlines(keepends=True)
+    Path(data["test"]).write_text("".join(lines[:20]))
+    shutil.rmtree(out)
+    succeed(path, out)
+    after = report(out)["tasks"][0]["means"]
+    assert before["searched"][2] == 30
+    assert after["searched"][2] == 20
+
+
+def test_the_best_on_development_wins_when_its_score_is_zero() -> None:
+    from types import SimpleNamespace
+
+    from mergekit_unconstrained.search import finals
+
+    values = ({"a": 0.0}, {"a": 1.0})
+    keys = [json.dumps(["random", v], sort_keys=True) for v in values]
+    known = dict(zip(keys, (-1.0, 0.0), strict=True))
+    task = SimpleNamespace(splits=lambda: ("development",), weight=1.0, name="t",
+                           examples=lambda _: ["one"])  # fmt: skip
+    settings = SimpleNamespace(seed=0, finalists=2, sampler="random")
+    finished = [
+        SimpleNamespace(values=v, value=0.5, dropped=False, failure="", number=i)
+        for i, v in enumerate(values)
+    ]
+    searcher: Any = SimpleNamespace(settings=settings, tasks=[task])
+    study: Any = SimpleNamespace(finished=finished)
+    cache: Any = SimpleNamespace(get=lambda key, _: known[key])
+    chosen = finals.choose(searcher, {"random": study}, cache, quiet)
+    assert chosen["random"].values == {"a": 1.0}
+
+
+def test_a_full_disk_is_one_sentence_and_the_search_goes_on(
+    search_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_unconstrained.search import finals
+
+    path, out = search_file(budget=3, baselines=[]), tmp_path / "out"
+
+    def full(_: Path) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finals, "replacing", full)
+        result = run(path, out)
+    assert result.exit_code == 1
+    assert "the disk is full" in " ".join(result.output.split())
+    assert not out.exists()
+    succeed(path, out)
+    assert report(out)["studies"][0]["candidates"] == 3
