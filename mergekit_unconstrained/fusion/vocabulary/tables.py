@@ -80,6 +80,13 @@ class ByteTable:
         )
 
     @cached_property
+    def is_special(self) -> npt.NDArray[np.bool_]:
+        """[V] whether an id is special."""
+        found = np.zeros(len(self.pieces), dtype=np.bool_)
+        found[[i for i in self.special if i < len(found)]] = True
+        return found
+
+    @cached_property
     def by_bytes(self) -> dict[bytes, int]:
         """Bytes -> the id that stands for them: no special one, and a byte-fallback one (which the
         tokenizer uses only for want of a literal one) only where there is no other."""
