@@ -17,6 +17,7 @@ from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.errors import OutputError, RecipeError
 from mergekit_unconstrained.fusion import stages
+from mergekit_unconstrained.fusion.inspection import inspection
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, plan_fusion
 from mergekit_unconstrained.fusion.scores import Score
 from mergekit_unconstrained.fusion.stages import Run
@@ -205,5 +206,5 @@ def inspect(
         made = run_stages(run, "align")
     for source in run.sources:
         stage = made.distributions[source.name]
-        shown = stages.inspection(run, made.data, source, stage, made.alignments[source.name], row)
+        shown = inspection(run, made.data, source, stage, made.alignments[source.name], row)
         display.print_inspection(run.pivot, source, shown, positions)
