@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_unconstrained import compat, jobs
+from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.errors import ModelError, NonFiniteError
 from mergekit_unconstrained.jobs.searching import merge_plan, plan_search, prepare, write_candidate
@@ -95,7 +96,7 @@ def search(tmp_path: Path) -> Callable[..., Searcher]:
         file = tmp_path / "search.yml"
         given = {"recipe": recipe, "genome": genome, "tasks": tasks, **settings}
         file.write_text(yaml.safe_dump(given))
-        return prepare(plan_search(file, tmp_path / "found", OPTIONS), OPTIONS)
+        return prepare(plan_search(file, OPTIONS), OPTIONS)
 
     return make
 
@@ -434,5 +435,6 @@ def test_the_plan_of_the_start_is_the_plan_of_every_candidate(
     parents: Callable[..., Parents], search: Callable[..., Searcher], tmp_path: Path
 ) -> None:
     searcher = search(recipe_of(parents(), "task_arithmetic"), {})
-    plan = merge_plan(searcher.spaces.searched, tmp_path / "start", OPTIONS)
+    document = Document.read(tmp_path / "search.yml")
+    plan = merge_plan(document, searcher.spaces.searched, OPTIONS)
     assert [t.name for t in plan.tensors] == [t.name for t in searcher.live.plan.tensors]
