@@ -169,6 +169,22 @@ class LiveMerge:
         return computed
 
     @torch.no_grad()
+    def differ(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two candidates are different models; the live one stays as it is."""
+        with using(MergeContext(self.plan.roles, True, self._out_dtype)):
+            pairs = list(zip(self._work(one), self._work(other), strict=True))
+            # Smallest first: the answer is mostly had from the first tensor that is computed.
+            pairs.sort(key=lambda pair: pair[0][0].target.numel())
+            for (held, key, compute), (_, changed, again) in pairs:
+                if key == changed:
+                    continue
+                parents = held.parents or self._cast(self._read(held.planned))
+                results = compute(parents), again(parents)
+                if not all(r is not None for r in results) or not torch.equal(*results):
+                    return True
+        return False
+
+    @torch.no_grad()
     def write_parent(self, name: str) -> None:
         """Put one of the parents, as it is, into the model."""
         self._written.clear()

@@ -288,6 +288,19 @@ def test_only_slices_that_changed_are_computed(
     assert live.write(candidate(searcher, {**values, "expert1 weight layer 1": 0.25})) == 9 + 2
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_numbers_of_mergekits_methods_that_change_nothing_are_found(
+    parents: Callable[..., Parents], search: Callable[..., Searcher], method: str
+) -> None:
+    genome = {"kinds": ["mlp"], "parameters": {"weight": {}}}
+    searcher = search(recipe_of(parents(), method), genome)
+    found = searcher.spaces.searched.genome
+    names = {f"expert{i} weight layer 1 mlp" for i in (1, 2)}  # no expert differs there
+    assert {gene.name for gene in found.fixed} == names
+    assert len(found) == 2 * 2 * 2 - 2
+    assert searcher.spaces.free.genome.fixed == ()
+
+
 @pytest.mark.parametrize("method", ["layerwise", "ties"])
 def test_the_order_of_candidates_does_not_matter(
     parents: Callable[..., Parents], search: Callable[..., Searcher], method: str
