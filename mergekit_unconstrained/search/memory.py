@@ -179,8 +179,8 @@ class LiveMerge:
                 if key == changed:
                     continue
                 parents = held.parents or self._cast(self._read(held.planned))
-                results = compute(parents), again(parents)
-                if not all(r is not None for r in results) or not torch.equal(*results):
+                before, after = compute(parents), again(parents)
+                if before is None or after is None or not torch.equal(before, after):
                     return True
         return False
 
