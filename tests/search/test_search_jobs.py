@@ -218,7 +218,14 @@ def test_dry_run_says_what_it_would_cost_and_writes_no_model(
     search_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     said = " ".join(succeed(search_file(), tmp_path / "out", "--dry-run").split())
-    for words in ("6 numbers", "cma, population 9", "3 studies", "x 40 candidates", "30 examples"):
+    for words in (
+        "6 numbers",
+        "cma, population 9",
+        "3 studies",
+        "x 40 candidates",
+        "30 examples",
+        "live model",
+    ):
         assert words in said
     assert list(tmp_path.iterdir()) == [tmp_path / "search.yml"]
 
