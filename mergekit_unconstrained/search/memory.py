@@ -301,8 +301,14 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     covered = {t.data_ptr() for t in found.values()}
     lost = [name for name, t in model.named_parameters() if t.data_ptr() not in covered]
     if lost:
+        why = (
+            "transformers makes one tensor of a mixture's experts when it loads them, which a "
+            "search cannot write yet: choose coefficients by hand, or search a dense model"
+            if "expert" in lost[0]
+            else "its checkpoint is converted when it is loaded"
+        )
         raise ModelError(
             f"{plan.base.name} cannot be merged in memory: no merged tensor belongs to "
-            f"{lost[0]} (and {len(lost) - 1} more) of the live model"
+            f"{lost[0]} (and {len(lost) - 1} more) of the live model; {why}"
         )
     return found

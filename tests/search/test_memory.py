@@ -25,7 +25,7 @@ from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.search.memory import LiveMerge
 from mergekit_unconstrained.search.run import Searcher
 from mergekit_unconstrained.search.space import Candidate
-from tests.conftest import TinyModels
+from tests.conftest import TinyModels, _byte_tokenizer
 
 Weights = dict[str, torch.Tensor]
 OPTIONS = compat.MergeOptions(quiet=True)
@@ -451,3 +451,19 @@ def test_the_plan_of_the_start_is_the_plan_of_every_candidate(
     document = Document.read(tmp_path / "search.yml")
     plan = merge_plan(document, searcher.spaces.searched, OPTIONS)
     assert [t.name for t in plan.tensors] == [t.name for t in searcher.live.plan.tensors]
+
+
+def test_a_mixture_of_fused_experts_is_refused_in_a_sentence(
+    search: Callable[..., Searcher], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {**SMALL["llama"], **heads, "vocab_size": 256, "num_local_experts": 2}
+    config = AutoConfig.for_model("mixtral", **sizes)
+    folders = tuple(tmp_path / name for name in ("base", "one", "two"))
+    for folder in folders:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        _byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(ModelError, match="one tensor of a mixture's experts when it loads them"):
+        search(recipe_of(Parents(folders[0], folders[1:])), {})
