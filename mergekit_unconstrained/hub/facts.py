@@ -338,7 +338,7 @@ def worse(facts: CardFacts) -> tuple[str, ...]:
             said += other.model
             error = math.hypot(own.stderr or 0.0, other.stderr or 0.0)
             if error:
-                said += f", {gap / error:.1f} standard errors below"
+                said += f", {gap / error:.1f} standard errors worse"
                 said += " (may be chance)" if gap < 2 * error else ""
             found.append(said + ".")
     return tuple(found)

@@ -335,4 +335,4 @@ def test_a_licence_with_a_word_on_distillation_is_warned_of(fused: Fused, tmp_pa
     (bound / "README.md").write_text("---\nlicense: llama3\n---\n")
     recipe = write(tmp_path, fused, {"models": [{"model": str(bound)}]})
     said = succeed("fuse", "collect", recipe, tmp_path / "out", "--quiet")
-    assert "licence of bound (llama3)" in " ".join(said.split())
+    assert "Llama 3 Community License, the licence of bound, forbids" in " ".join(said.split())
