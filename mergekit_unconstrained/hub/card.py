@@ -20,6 +20,7 @@ from mergekit_unconstrained.hub import markdown
 from mergekit_unconstrained.hub.facts import (
     THIS_MODEL,
     CardFacts,
+    DataSet,
     Method,
     Parent,
     Score,
@@ -39,6 +40,7 @@ from mergekit_unconstrained.resources import resource
 
 __all__ = [
     "CardFacts",
+    "DataSet",
     "Method",
     "Parent",
     "Score",

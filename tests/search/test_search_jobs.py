@@ -315,7 +315,7 @@ def test_the_card_says_that_it_was_searched_and_how_good_it_is(searched: Path) -
     assert "found by a search: cma, 45 candidates" in card
     assert "not been evaluated" not in card
     assert "this model" in card
-    assert "[report.md](report.md)" in card
+    assert "[report.md](./report.md)" in card
 
 
 def test_a_finished_search_says_how_to_go_on(
