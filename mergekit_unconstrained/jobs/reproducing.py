@@ -132,10 +132,14 @@ def _tensors(name: str, old: Path, new: Path) -> list[str]:
             one, two = before.get_tensor(tensor), after.get_tensor(tensor)
             if one.shape != two.shape or one.dtype != two.dtype:
                 said.append(f"{name}: {tensor} has another shape or dtype")
-            elif not torch.equal(one.view(torch.uint8), two.view(torch.uint8)):
+            elif not torch.equal(_bytes(one), _bytes(two)):
                 gap = (one.double() - two.double()).abs().max().item()
                 said.append(f"{name}: {tensor} differs, by {gap:.3g} at most")
     return said or [f"{name}: all tensors are equal, and the recorded file was another one"]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 # -- what is needed -------------------------------------------------------------------------------
