@@ -185,8 +185,17 @@ def test_teachers_count(parent, teacher, effective, status, said):
     found = verdict([("org/pivot", parent)], [("org/teacher", teacher)])
     assert (found.effective, found.status) == (effective, status)
     assert said in " ".join(found.reasons)
+    if teacher == "gemma":
+        assert any("trained on its outputs" in duty for duty in found.duties)
     if teacher == "llama3.1":
-        assert any("`Llama`" in duty for duty in found.duties)
+        assert any('"Llama"' in duty for duty in found.duties)
+
+
+def test_a_teacher_that_may_only_improve_its_own_kind_needs_all_parents_to_be_of_it():
+    teacher = [("t", "llama3")]
+    assert verdict([("a", "llama3"), ("b", "llama3")], teacher).status == "clear"
+    assert verdict([("a", "llama3"), ("b", "apache-2.0")], teacher).status == "conflict"
+    assert verdict([("a", "llama3"), ("b", None)], teacher).status == "conflict"
 
 
 def test_data_count():

@@ -29,6 +29,7 @@ from mergekit_unconstrained.hub.facts import (
     from_json,
     is_hub_id,
     listed,
+    reading,
     to_json,
     unknowns,
     worse,
@@ -66,6 +67,7 @@ def render(facts: CardFacts, template: Path | None = None) -> str:
         "facts": facts,
         "front_matter": front_matter(facts),
         "verdict": facts.verdict,
+        "reading": reading(facts),
         "worse": worse(facts),
         "unknowns": unknowns(facts),
         "disclaimer": NOT_LEGAL_ADVICE,
@@ -242,12 +244,11 @@ def _licences(parent: Parent) -> str:
 
 
 def _fingerprint(parent: Parent) -> str:
-    """The beginning of the hash of each of a parent's weight files, if they are few."""
-    sets = [source.files for source in parent.sources if source.files]
-    return " + ".join(
-        _beginning(files[0].sha256) if len(files) == 1 else f"{len(files)} files, see below"
-        for files in sets
-    )
+    """The beginning of the hash of a parent's own weights, where they are one file."""
+    files = parent.sources[-1].files
+    if len(files) == 1:
+        return _beginning(files[0].sha256)
+    return f"{len(files)} files, see Checksums" if files else ""
 
 
 def _beginning(digest: str | None) -> str:

@@ -46,6 +46,7 @@ class Source:
     licence: str | None = None
     revision: str | None = None
     languages: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ()
     tokenizer: str | None = None
     place: str | None = None
 
@@ -303,7 +304,7 @@ def unknowns(facts: CardFacts) -> tuple[str, ...]:
     if local:
         found.append(
             f"Where the files of {listed(local)} came from: they were read from a local folder. "
-            "Their checksums are above."
+            f"Their checksums are above.{_declared(sources)}"
         )
     if unpinned:
         found.append(f"Which commit of {listed(unpinned)} was read.")
@@ -311,12 +312,33 @@ def unknowns(facts: CardFacts) -> tuple[str, ...]:
         found.append(f"The licence of {listed(unlicensed)}, and so the licence of this model.")
     if local_data:
         found.append(f"Where the data {listed(local_data)} came from: it was read from this disk.")
+    unlicensed = [d.name for d in facts.data if not d.licence and d.rows]
+    if unlicensed:
+        found.append(f"The licence of the data {listed(unlicensed)}.")
     if not facts.evaluation:
         found.append(
             "How good this model is, and what it is worse at than its parents: it has not been "
             "evaluated."
         )
     return (*found, *facts.unknown)
+
+
+def _declared(sources: Sequence[Source]) -> str:
+    """What the cards of local folders say of their origin."""
+    return "".join(
+        f" The card of {s.name} says that it was made from {listed(s.made_from)}."
+        for s in sources
+        if s.hub_id is None and s.made_from
+    )
+
+
+def reading(facts: CardFacts) -> tuple[str, ...]:
+    """How the units of the evaluation are read."""
+    metrics = {score.metric for score in facts.evaluation}
+    found = [f"Of {m}, less is better." for m in LOWER_IS_BETTER if m in metrics]
+    if any(metric.startswith("nats") for metric in metrics):
+        found.append("Nats are log-likelihoods: nearer to zero is better.")
+    return tuple(found)
 
 
 def worse(facts: CardFacts) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mergekit_unconstrained.errors import OutputError
 from mergekit_unconstrained.hub import card, provenance, results
@@ -44,7 +45,7 @@ def card_facts(folder: Path, known: Provenance | None = None) -> CardFacts:
         dtype=known.dtype,
         seconds=known.seconds,
         machine=known.machine,
-        seeds=known.seeds,
+        seeds=known.seeds | _search_seed(folder),
         repo_id=known.repo_id,
         tag=known.tag,
         evaluation=results.scores_in(folder),
@@ -89,8 +90,18 @@ def _chosen(folder: Path, known: Provenance) -> str:
     return (
         f"{report['found_by']} Candidates were compared on the search split, the best of them on "
         f"the development split; the test split was scored once, when all was chosen. Examples: "
-        f"{tasks}."
+        f"{tasks}. Scoring the candidates took {_seconds(report)}."
     )
+
+
+def _seconds(report: Mapping[str, Any]) -> str:
+    """Of the search and its baselines together."""
+    return f"{sum(float(study['seconds']) for study in report['studies']):.0f} s"
+
+
+def _search_seed(folder: Path) -> dict[str, int]:
+    seed = (results.report_in(folder, results.SEARCH) or {}).get("seed")
+    return {"search": seed} if isinstance(seed, int) else {}
 
 
 def _evaluated_on(folder: Path) -> str:
@@ -98,9 +109,12 @@ def _evaluated_on(folder: Path) -> str:
     said = []
     scores = results.report_in(folder, results.SCORES)
     if scores is not None:
-        said.append(f"Scored with `evaluate` on the {scores.get('split')} split of each task.")
-    if (folder / results.SEARCH).is_file():
+        said.append(f"Scored with one harness on the {scores.get('split')} split of each task.")
+    search = results.report_in(folder, results.SEARCH)
+    if search is not None:
         said.append("The searched tasks are of the test split, on which nothing was chosen.")
+        meanings = search.get("meanings") or {}
+        said += [f"{k}: {v}." for k, v in meanings.items() if k != search.get("this_model")]
     if (folder / results.FUSION).is_file():
         said.append("Bits per byte are of conversations that were held out of the training.")
     return " ".join(said)
@@ -124,7 +138,7 @@ def rewrite(
     named = {"repo_id": repo_id, "tag": tag, "quantised": quantised}
     known = known.model_copy(update={k: v for k, v in named.items() if v is not None})
     if scores is not None:
-        results.bring_scores(scores, folder, known.repo_id)
+        results.bring_scores(scores, folder, [p.name for p in known.parents], known.repo_id)
         known = provenance.amended(folder, known, results.SCORES)
     facts = card_facts(folder, known)
     card.write(folder, facts, template)

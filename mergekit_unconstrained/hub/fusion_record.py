@@ -17,7 +17,7 @@ from mergekit_unconstrained.fusion.plan import FusionPlan, Member, MergedGroup
 from mergekit_unconstrained.fusion.plan import parameters_by_model as plan_parameters
 from mergekit_unconstrained.fusion.scores import Score
 from mergekit_unconstrained.fusion.settings import settings_text
-from mergekit_unconstrained.fusion.workdir import Stage
+from mergekit_unconstrained.fusion.workdir import Stage, read_manifest
 from mergekit_unconstrained.hub import card, curves, facts, licences, machine, provenance, sources
 from mergekit_unconstrained.hub.folder_facts import card_facts
 from mergekit_unconstrained.hub.names import display_name
@@ -46,6 +46,12 @@ class Stages:
         kinds = (self.distributions, self.alignments, self.targets, self.trained)
         made = [self.data, *(stage for kind in kinds for stage in kind.values())]
         return [stage.folder for stage in (*made, *((self.sft,) if self.sft else ()))]
+
+    @property
+    def seconds(self) -> float:
+        """What they took when they were made, by whatever run."""
+        manifests = (read_manifest(folder) for folder in self.all())
+        return sum(float(m["seconds"]) for m in manifests if m is not None)
 
 
 def describe(
@@ -142,7 +148,7 @@ def _provenance(
         fusion=_fusion(plan, made, folder),
         versions=machine.versions((*machine.PACKAGES, "tokenizers", "datasets", "accelerate")),
         machine=machine.hardware(),
-        seconds=round(seconds, 1),
+        seconds=round(max(seconds, made.seconds), 1),
         unknown=(ONLY_LIKELIHOOD,),
     )
 

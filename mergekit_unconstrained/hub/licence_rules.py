@@ -53,8 +53,8 @@ _NO_COMMERCE = "No commercial use of the result ({name})."
 _RESEARCH = "Use the result for non-commercial research only ({name})."
 _CREDIT = "Credit the authors and link to {name}."
 _TERMS = "Pass on the agreement and the use policy of {name}, with its notice, to every user."
-_BUILT = "Show `Built with Llama` where the result is offered ({name})."
-_NAMED = "Begin the name of the result with `Llama` ({name})."
+_BUILT = 'Show "Built with Llama" where the result is offered ({name}).'
+_NAMED = 'Begin the name of the result with "Llama" ({name}).'
 _RENAME = "Do not publish the result under the parent's name ({name})."
 
 DUTIES: dict[Family, tuple[str, ...]] = {
@@ -375,8 +375,8 @@ _RULES = [
         _LLAMA.format("llama3"),
         "forbidden",
         duties=(
-            "Show `Built with Meta Llama 3` where the result is offered ({name}).",
-            "Begin the name of the result with `Llama 3` ({name}).",
+            'Show "Built with Meta Llama 3" where the result is offered ({name}).',
+            'Begin the name of the result with "Llama 3" ({name}).',
         ),
     ),
     *(

@@ -140,6 +140,7 @@ class _Fold:
         reason = _LEARNING[rule.outputs].format(model=name, name=rule.name)
         if rule.outputs == "derivative":
             self.binding.add(rule)
+            self.duties.add(reason)
         elif rule.outputs == "named":
             self._raise("review", reason)
             self.duties |= set(rule.all_duties[-2:])

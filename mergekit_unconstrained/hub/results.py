@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mergekit_unconstrained.config.table import short_name
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.errors import DataError
 from mergekit_unconstrained.hub.facts import THIS_MODEL, Score
@@ -53,17 +54,20 @@ def report_in(folder: Path, name: str) -> dict[str, Any] | None:
     return report
 
 
-def bring_scores(path: Path, folder: Path, repo_id: str | None = None) -> None:
+def bring_scores(
+    path: Path, folder: Path, parents: Sequence[str], repo_id: str | None = None
+) -> None:
     """Copy the scores that `evaluate --out` wrote into a finished folder, without paths.
 
-    path: scores.json, or the folder that it lies in. DataError when none of them are of `folder`.
+    path: scores.json, or the folder that it lies in. parents: what the card calls them; a model of
+    the same last name is taken for one. DataError when no scores are of `folder`.
     """
     file = path / SCORES if path.is_dir() else path
     report = report_in(file.parent, file.name)
     if report is None:
         raise DataError(f"{file} does not exist: `evaluate --out DIR` writes it")
     try:
-        named = {model: _public(model, folder, repo_id) for model in report["models"]}
+        named = _public(list(report["models"]), folder, parents, repo_id)
         models = {named[model]: found for model, found in report["models"].items()}
         kept = {"split": report["split"], "tasks": report["tasks"], "models": models}
         _scores(kept)
@@ -78,11 +82,23 @@ def bring_scores(path: Path, folder: Path, repo_id: str | None = None) -> None:
         stream.write((json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _public(model: str, folder: Path, repo_id: str | None) -> str:
-    path = Path(model)
-    if model == repo_id or (path.is_dir() and path.resolve() == folder.resolve()):
-        return THIS_MODEL
-    return display_name(model, local=path.is_dir())
+def _public(
+    models: Sequence[str], folder: Path, parents: Sequence[str], repo_id: str | None
+) -> dict[str, str]:
+    """Model as evaluated -> what the card calls it; no two alike."""
+    ends = [short_name(model) for model in models]
+    named = {}
+    for model, end in zip(models, ends, strict=True):
+        path = Path(model)
+        if model == repo_id or (path.is_dir() and path.resolve() == folder.resolve()):
+            named[model] = THIS_MODEL
+        elif end in parents and ends.count(end) == 1:
+            named[model] = end
+        else:
+            named[model] = display_name(model, local=path.is_dir())
+        if list(named.values()).count(named[model]) > 1:
+            named[model] = f"{named[model]} ({len(named)})"
+    return named
 
 
 def _search(report: Mapping[str, Any]) -> list[Score]:

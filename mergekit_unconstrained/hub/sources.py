@@ -80,6 +80,7 @@ def source_of(
         licence=card["licence"],
         revision=None if local else model.revision,
         languages=card["languages"],
+        made_from=card["made_from"],
         tokenizer=tokenizer_hash(parent.folder),
         place=places[model.path] if local else None,
     )
@@ -102,6 +103,7 @@ def adapter_of(
         licence=card["licence"],
         revision=None if local else adapter.revision,
         languages=card["languages"],
+        made_from=card["made_from"],
         place=places[adapter.path] if local else None,
     )
 
@@ -145,10 +147,10 @@ def licence(folder: Path | None) -> str | None:
 
 
 def declared(folder: Path | None) -> dict[str, Any]:
-    """What the card in a folder says of `licence` and `languages`."""
+    """What the card in a folder says of `licence`, `languages` and what it was `made_from`."""
     from huggingface_hub import ModelCard
 
-    nothing: dict[str, Any] = {"licence": None, "languages": ()}
+    nothing: dict[str, Any] = {"licence": None, "languages": (), "made_from": ()}
     card = folder / "README.md" if folder is not None else None
     if card is None or not card.is_file():  # load() would take the path for a Hub id
         return nothing
@@ -157,14 +159,12 @@ def declared(folder: Path | None) -> dict[str, Any]:
         named = data.license
         if named == "other" and data.get("license_name"):
             named = f"other: {data.get('license_name')}"
-        spoken = data.get("language") or ()
+        lists = {"languages": data.get("language"), "made_from": data.get("base_model")}
+        found = {key: [v] if isinstance(v, str) else list(v or ()) for key, v in lists.items()}
     except Exception:  # a card that cannot be read: not known
         return nothing
-    languages = [spoken] if isinstance(spoken, str) else list(spoken)
-    return {
-        "licence": str(named) if named else None,
-        "languages": tuple(one for one in languages if isinstance(one, str)),
-    }
+    texts = {key: tuple(v for v in values if isinstance(v, str)) for key, values in found.items()}
+    return {"licence": str(named) if named else None, **texts}
 
 
 def has_chat_template(folder: Path) -> bool:
