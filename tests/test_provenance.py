@@ -365,6 +365,21 @@ def test_a_record_cannot_ask_for_more_than_a_record_may(here: Path) -> None:
         assert "not a path within the folder" in said(run("reproduce", "out"))
 
 
+def test_reproducing_publishes_nothing(tmp_path: Path) -> None:
+    from mergekit_unconstrained.jobs.reproducing import _publishes_nothing
+
+    file = tmp_path / "settings.yml"
+    kept = {"parameters": {"lambda": 1}, "training": {"max_grad_norm": 1.0}}
+    asked = {"push_to_hub": "org/name", "hub_private": False}
+    training = {"push_to_hub": True, "hub_model_id": "org/x", "max_grad_norm": 1.0}
+    file.write_text(yaml.safe_dump({"parameters": {"lambda": 1, **asked}, "training": training}))
+    _publishes_nothing(file)
+    assert yaml.safe_load(file.read_text()) == kept
+    file.write_text(text := "# a comment\nparameters: {lambda: 1}\n")
+    _publishes_nothing(file)
+    assert file.read_text() == text
+
+
 # -- names ----------------------------------------------------------------------------------------
 
 

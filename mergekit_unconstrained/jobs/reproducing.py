@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import safe_open
 
 from mergekit_unconstrained import compat, jobs
@@ -26,6 +27,8 @@ from mergekit_unconstrained.hub.provenance import WEIGHTS, Provenance
 from mergekit_unconstrained.hub.record import CHANGING_FLAGS
 
 AGAIN = "again"
+HUB_KEYS = ("push_to_hub", "hub_")
+"""How keys of recipes and of transformers' TrainingArguments begin that publish something."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,16 @@ def _other_versions(known: Provenance) -> tuple[str, ...]:
     )
 
 
+def _publishes_nothing(file: Path) -> None:
+    """Take out of a copied recipe or settings file what would publish with the user's token."""
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for block in ("parameters", "training"):
+        asked = data.get(block) if isinstance(data, dict) else None
+        if isinstance(asked, dict) and (keys := [k for k in asked if str(k).startswith(HUB_KEYS)]):
+            data[block] = {k: v for k, v in asked.items() if k not in keys}
+            file.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+
+
 @contextlib.contextmanager
 def _workplace(
     known: Provenance, folder: Path, found: Mapping[str, Path], out: Path | None
@@ -217,6 +230,7 @@ def _workplace(
         work = Path(name)
         for file in filter(None, (known.recipe, known.coefficients, known.settings)):
             shutil.copyfile(folder / file, work / file)
+            _publishes_nothing(work / file)
         for place, real in sorted(found.items()):
             link = work / place
             if link.exists():  # inside a model that is linked already, or a file of the folder
