@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mergekit_unconstrained import __version__
+from mergekit_unconstrained.cli_card import card, reproduce, verify
 from mergekit_unconstrained.cli_evaluation import evaluate, select
 from mergekit_unconstrained.cli_search import search
 
@@ -79,6 +80,9 @@ def plan(ctx: click.Context, recipe: str, out: Path | None) -> None:
 main.add_command(evaluate)
 main.add_command(select)
 main.add_command(search)
+main.add_command(card)
+main.add_command(verify)
+main.add_command(reproduce)
 
 
 @main.command()

@@ -31,6 +31,10 @@ class BackgroundDigests:
         """The hash, waited for."""
         return self._futures[file].result()
 
+    def __contains__(self, file: Path) -> bool:
+        """Whether the hash of a file was asked for."""
+        return file in self._futures
+
     def close(self) -> None:
         """Drop what has not begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -20,7 +20,6 @@ from mergekit_unconstrained.evaluation.statistics import (
     synergy,
 )
 from mergekit_unconstrained.hub import search_plots
-from mergekit_unconstrained.hub.facts import Score
 from mergekit_unconstrained.hub.markdown import code, md
 from mergekit_unconstrained.hub.names import display_name
 from mergekit_unconstrained.hub.record import HEATMAP
@@ -277,6 +276,8 @@ def write(report: Report, folder: Path) -> None:
     (folder / "report.md").write_text(markdown(report, drawn), encoding="utf-8")
     content = {k: v for k, v in asdict(report).items() if k not in ("history", "front")}
     content["verdict"] = report.verdict
+    content["this_model"] = LABELS[SEARCHED]
+    content["found_by"] = report.sentence
     content["history"] = {
         label: [_brief(f) for f in found] for label, found in report.history.items()
     }
@@ -333,22 +334,6 @@ def _front_table(report: Report) -> list[str]:
         "",
     ]
     return lines
-
-
-def card_scores(report: Report) -> tuple[Score, ...]:
-    """The test split as rows of a card: this model beside every other one."""
-    return tuple(
-        Score(
-            task=task.name,
-            metric=task.unit,
-            model="this model" if model == LABELS[SEARCHED] else model,
-            value=found.mean,
-            stderr=found.error,
-            n=found.n,
-        )
-        for task in report.tasks
-        for model, found in task.means.items()
-    )
 
 
 def _table(report: Report) -> list[str]:

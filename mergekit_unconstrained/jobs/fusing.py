@@ -85,7 +85,7 @@ def fuse(
     if until == "merge":
         staging.check_out(out)
     for warning in fusion_record.licence_warnings(plan):
-        display.warn(f"Not known: {warning[0].lower()}{warning[1:]}")
+        display.warn(warning)
     work = WorkDir(plan.work_dir(out))
     # Groups that were merged for this very run lie in the folder already.
     with work.locked(plan.settings.resume or bool(plan.groups)), display.without_other_bars():

@@ -37,8 +37,8 @@ from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_ref
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
 from mergekit_unconstrained.hub import search_report
+from mergekit_unconstrained.hub.facts import DataSet
 from mergekit_unconstrained.hub.pinning import clean
-from mergekit_unconstrained.hub.record import Found
 from mergekit_unconstrained.jobs.weights import apply_adapters, files_hash, run_job
 from mergekit_unconstrained.present import search as display
 from mergekit_unconstrained.present.bars import progress
@@ -365,5 +365,18 @@ def write(
     run_job(
         compat.run_merge, plan.merge.method, config, out, options, document,
         finishing=finishing,
-        found_by=Found(found.sentence, search_report.card_scores(found)),
+        data=[_data(task) for task in plan.tasks],
     )  # fmt: skip
+
+
+def _data(task: Task) -> DataSet:
+    """What the provenance says of a task: its splits by size, all its examples by hash."""
+    splits = {split: task.examples(split) for split in task.splits()}
+    digests = [example.digest for found in splits.values() for example in found]
+    return DataSet(
+        name=task.name,
+        role="choosing and testing",
+        sha256=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+        hashed="examples",
+        rows={split: len(found) for split, found in splits.items()},
+    )

@@ -24,6 +24,7 @@ from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
 from mergekit_unconstrained.hub import record
+from mergekit_unconstrained.hub.facts import DataSet
 from mergekit_unconstrained.resources import cache_dir
 
 RunMerge = Callable[..., Any]
@@ -56,12 +57,12 @@ def run_job(
     document: Document,
     *,
     finishing: Callable[[Path], None] = lambda _: None,
-    found_by: record.Found | None = None,
+    data: Sequence[DataSet] = (),
 ) -> None:
     """Carry out a recipe of a tensor method; OUT appears when it is complete.
 
-    finishing: may add files to the finished folder before it gets its name. found_by: the search
-    that chose the coefficients, for the card.
+    finishing: may add files to the finished folder before it gets its name. data: what the
+    coefficients were chosen on, for the card.
     """
     started = time.monotonic()
     plan = make_plan(document, config, method, options)
@@ -75,8 +76,10 @@ def run_job(
         with staging.staged(out, _job_hash(plan)) as partial:
             merge_into(partial, run_merge, plan, options)
             seconds = time.monotonic() - started
-            record.describe(plan, partial, out.name, digests, seconds, options, found_by)
+            plan = record.resolved(plan, options)
+            record.lay_out(plan, partial, out.name, options)
             finishing(partial)
+            record.describe(plan, partial, out.name, digests, seconds, options, data)
     finally:
         digests.close()
     if not options.quiet:

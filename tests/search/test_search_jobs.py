@@ -17,6 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.hub.provenance import load
 from mergekit_unconstrained.present.bars import quiet
 from mergekit_unconstrained.search.objective import Objective
 from mergekit_unconstrained.search.settings import SearchSettings
@@ -354,7 +355,27 @@ def test_the_card_says_that_it_was_searched_and_how_good_it_is(searched: Path) -
     assert "found by a search: cma, 45 candidates" in card
     assert "not been evaluated" not in card
     assert "this model" in card
-    assert "[report.md](report.md)" in card
+    assert "[report.md](./report.md)" in card
+
+
+def test_the_card_agrees_with_the_report_and_the_merge_can_be_made_again(
+    planted: Planted, searched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = (searched / "README.md").read_text()
+    (task,) = report(searched)["tasks"]
+    for model, (value, error, n) in task["means"].items():
+        name = "this model" if model == "searched" else model
+        assert f"| {name} | {value:.4g} | {error:.2g} | {n} |" in card
+    splits = report(searched)["splits"][task["name"]]
+    for split, count in splits.items():
+        assert f"{count} {split}" in card
+    known = load(searched)
+    assert [d.rows for d in known.data] == [splits]
+    assert {"report.json", "plots/history.png", "merge.yml"} <= {f.name for f in known.files}
+    monkeypatch.chdir(planted.folder)
+    for command in ("verify", "reproduce"):
+        result = CliRunner().invoke(main, [command, str(searched)])
+        assert result.exit_code == 0, result.output
 
 
 def test_a_finished_search_says_how_to_go_on(
