@@ -16,9 +16,9 @@ from typing import Any
 
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.errors import HubError
+from mergekit_unconstrained.hub import card, folder_facts, provenance
 
 NOTE = ".publication.json"
-PROVENANCE = "provenance.json"
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -57,18 +57,23 @@ def check_hashes(folder: Path, found: Mapping[str, str]) -> None:
 
     found: sha256 by name.
     """
-    for name, sha256 in recorded(folder).items():
-        if name in found and found[name] != sha256:
+    if not (folder / provenance.FILE).is_file():
+        return
+    for file in provenance.load(folder).files:
+        if found.get(file.name, file.sha256) != file.sha256:
             raise HubError(
-                f"{folder / name} is not what the merge wrote ({PROVENANCE} has another sha256): "
-                f"see `mergekit-unconstrained verify {folder}`, and merge again"
+                f"{folder / file.name} is not what was written there ({provenance.FILE} has "
+                f"another sha256): see `mergekit-unconstrained verify {folder}`, and make it again"
             )
 
 
-def recorded(folder: Path) -> dict[str, str]:
-    """sha256 of the output files by name, as provenance.json has them."""
-    try:
-        data = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        return {str(one["name"]): str(one["sha256"]) for one in data.get("files") or ()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+def address(folder: Path, repo_id: str, tag: str | None) -> None:
+    """Let the card say where the model will be. One that was edited by hand stays as it is."""
+    if not (folder / provenance.FILE).is_file():
+        return
+    known = provenance.load(folder)
+    if (known.repo_id, known.tag) == (repo_id, tag or known.tag):
+        return
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    if readme == card.render(folder_facts.card_facts(folder, known)):
+        folder_facts.rewrite(folder, repo_id=repo_id, tag=tag)

@@ -26,7 +26,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from mergekit_unconstrained.errors import HubError
 from mergekit_unconstrained.hub import publication
 from mergekit_unconstrained.hub.access import Access, Hub, check_access, connect
-from mergekit_unconstrained.hub.gate import check_gate
+from mergekit_unconstrained.hub.gate import check_gate, licence_lines
 from mergekit_unconstrained.hub.local_files import (
     Hashes,
     LocalFile,
@@ -110,6 +110,9 @@ def push(
     )
     if not private or not access.private:
         check_gate(folder, checked_licences)
+    if not pr:
+        publication.address(folder, access.repo_id, tag)
+        files = local_files(folder)
     total = sum(file.size for file in files)
     with progress("hashing", total) as advance:
         hashes = hash_all(files, advance)
@@ -145,6 +148,32 @@ def push(
         tag=tag,
         pull_request=pull.url if pull else None,
     )
+
+
+def look(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    tag: str | None = None,
+    pr: bool = False,
+    checked: bool = False,
+    api: HfApi | None = None,
+    patience: Patience | None = None,
+) -> tuple[Access, list[LocalFile], tuple[str, ...]]:
+    """All that `push` checks before it sends anything; the repository is not made.
+
+    Gives the repository, the files, and lines about the licences.
+    """
+    hub = connect(api, patience)
+    files = local_files(folder)
+    refuse_secrets(files, _token(hub.api))
+    access = check_access(
+        repo_id, private=private, tag=tag, pr=pr, create=False, api=hub.api, patience=hub.patience
+    )
+    if not private or not access.private:
+        check_gate(folder, checked)
+    return access, files, licence_lines(folder)
 
 
 # -- sending ---------------------------------------------------------------------------------------
