@@ -21,7 +21,7 @@ def test_a_folder_arrives_whole_in_one_private_commit(
 ) -> None:
     done = push(folder, REPO, tag="v1", api=api, patience=clock.patience, quiet=True)
     assert holds(hub, REPO, folder)
-    assert [c.sha for c in hub.commits(REPO)][0] == done.commit == hub.commits(REPO, "v1")[0].sha
+    assert done.commit == hub.commits(REPO)[0].sha == hub.commits(REPO, "v1")[0].sha
     assert len(hub.commits(REPO)) == 2
     assert hub.repo(REPO).private
     assert (done.files, done.sent, done.resumed, done.private) == (7, done.bytes, False, True)

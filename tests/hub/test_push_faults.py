@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from mergekit_unconstrained.errors import HubError
 from mergekit_unconstrained.hub.push import Pushed, push
 from tests.hub.conftest import Clock, holds
-from tests.hub_stand_in import HubStandIn
+from tests.hub_stand_in import Fault, HubStandIn
 
 REPO = "alice/merged"
 ENDPOINTS = (
@@ -83,8 +83,17 @@ def publish(folder: Path, api: HfApi, clock: Clock) -> Pushed:
     )  # fmt: skip
 
 
-def check_done(hub: HubStandIn, folder: Path, done: Pushed) -> None:
+def attempt(folder: Path, api: HfApi, clock: Clock) -> tuple[Pushed | None, HubError | None]:
+    """What was published, or why it was not."""
+    try:
+        return publish(folder, api, clock), None
+    except HubError as error:
+        return None, error
+
+
+def check_done(hub: HubStandIn, folder: Path, done: Pushed | None) -> None:
     """All of it is there, in one commit, tagged and public."""
+    assert done is not None
     assert holds(hub, REPO, folder)
     assert [c.sha for c in hub.commits(REPO)][:1] == [done.commit]
     assert len(hub.commits(REPO)) == 2
@@ -97,7 +106,7 @@ def check_done(hub: HubStandIn, folder: Path, done: Pushed) -> None:
 def test_what_passes_is_waited_for(
     hub: HubStandIn, api: HfApi, folder: Path, clock: Clock, endpoint: str, fault: str
 ) -> None:
-    injected = hub._add(fault_of(endpoint, PASSING[fault]))
+    injected = hub.add(Fault(endpoint, **PASSING[fault]))
     check_done(hub, folder, publish(folder, api, clock))
     assert injected.hits == 1
     if clock.waits:  # else huggingface_hub itself, or a look at the repository, was enough
@@ -110,10 +119,9 @@ def test_what_passes_is_waited_for(
 def test_what_stays_is_one_sentence_and_the_next_run_goes_on(
     hub: HubStandIn, api: HfApi, folder: Path, clock: Clock, endpoint: str, fault: str
 ) -> None:
-    injected = hub._add(fault_of(endpoint, {**PASSING[fault], "times": 10_000}))
-    try:
-        done = publish(folder, api, clock)
-    except HubError as error:
+    injected = hub.add(Fault(endpoint, **PASSING[fault], times=10_000))
+    done, error = attempt(folder, api, clock)
+    if error is not None:
         sentence(error, hub)
         assert "run the same command again" in error.message
         assert len(clock.waits) == 2
@@ -129,10 +137,9 @@ def test_what_stays_is_one_sentence_and_the_next_run_goes_on(
 def test_a_refusal_is_one_sentence_and_the_next_run_goes_on(
     hub: HubStandIn, api: HfApi, folder: Path, clock: Clock, endpoint: str, fault: str
 ) -> None:
-    injected = hub._add(fault_of(endpoint, {**FINAL[fault], "times": 10_000}))
-    try:
-        done = publish(folder, api, clock)
-    except HubError as error:
+    injected = hub.add(Fault(endpoint, **FINAL[fault], times=10_000))
+    done, error = attempt(folder, api, clock)
+    if error is not None:
         sentence(error, hub)
     else:  # the next look tells that the file has arrived
         assert endpoint == "lfs-verify"
@@ -140,12 +147,6 @@ def test_a_refusal_is_one_sentence_and_the_next_run_goes_on(
     assert injected.hits
     hub.faults.clear()
     check_done(hub, folder, publish(folder, api, clock))
-
-
-def fault_of(endpoint: str, fault: dict[str, Any]) -> Any:
-    from tests.hub_stand_in import Fault
-
-    return Fault(endpoint, **fault)
 
 
 def sentence(error: HubError, hub: HubStandIn) -> None:

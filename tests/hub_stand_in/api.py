@@ -83,6 +83,12 @@ def auth_check(hub: HubStandIn, query: Query) -> Answer:
     return Answer.json({})
 
 
+def xet_token(hub: HubStandIn, query: Query) -> Answer:
+    """Never one: the stand-in has no Xet storage. Who may not write is told so."""
+    hub.store.writable(query.kind, query.repo, query.token)
+    raise Refused(501, "the stand-in has no Xet storage")
+
+
 # -- repositories ----------------------------------------------------------------------------------
 
 
@@ -219,10 +225,9 @@ def preupload(hub: HubStandIn, query: Query) -> Answer:
 
 
 def _changing(hub: HubStandIn, query: Query, pull: bool) -> Repo:
-    """A repository to be committed to; for a pull request, reading it is enough."""
-    if pull and query.token is not None and query.token.role != "read":
-        return hub.store.readable(query.kind, query.repo, query.token)
-    return hub.store.writable(query.kind, query.repo, query.token)
+    """A repository to be committed to."""
+    ref = None if pull else query.revision
+    return hub.store.proposable(query.kind, query.repo, query.token, ref)
 
 
 def commit(hub: HubStandIn, query: Query) -> Answer:

@@ -18,7 +18,8 @@ class Fault:
 
     endpoint: a name of server.ROUTES, or "any". status: what is answered, None for a cut. acted:
     whether the request has its effect all the same. skip: requests that are let pass before it.
-    times: how many are hit. hold: the request waits until `release` is called.
+    times: how many are hit. path: a part of the address that is meant, any by default. hold: the
+    request waits until `release` is called. then: what goes wrong from the first hit on.
     """
 
     endpoint: str
@@ -29,7 +30,9 @@ class Fault:
     times: int = 1
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
+    path: str = ""
     hold: bool = False
+    then: tuple[Fault, ...] = ()
     hits: int = 0
     reached: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
@@ -59,17 +62,18 @@ class Faults:
                 fault.release()
             self._left.clear()
 
-    def next(self, endpoint: str) -> Fault | None:
+    def next(self, endpoint: str, path: str) -> Fault | None:
         """The fault of this request, if any."""
         with self._lock:
             for fault in self._left:
-                if fault.endpoint not in (endpoint, "any"):
+                if fault.endpoint not in (endpoint, "any") or fault.path not in path:
                     continue
                 if fault.skip:
                     fault.skip -= 1
                     return None
                 fault.times -= 1
                 fault.hits += 1
+                self._left += fault.then if fault.hits == 1 else ()
                 if not fault.times:
                     self._left.remove(fault)
                 return fault

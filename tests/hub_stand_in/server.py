@@ -42,6 +42,7 @@ ROUTES: tuple[tuple[str, str, str, Endpoint], ...] = (
     ("tag", "POST", f"{REPO}/tag/{REV}", api.tag),
     ("branch", "POST", f"{REPO}/branch/(?P<branch>[^/]+)", api.branch),
     ("settings", "PUT", REPO + "/settings", api.settings),
+    ("xet-token", "GET", f"{REPO}/xet-write-token/{REV}", api.xet_token),
     ("open-pull", "POST", REPO + "/discussions", api.open_pull),
     ("pulls", "GET", REPO + "/discussions", api.pulls),
     ("pull", "GET", REPO + r"/discussions/(?P<number>\d+)", api.pull),
@@ -177,17 +178,18 @@ class HubStandIn:
 
     def fail(self, endpoint: str, status: int, **more: Any) -> Fault:
         """Answer a request with a status. more: as Fault."""
-        return self._add(Fault(endpoint, status, **more))
+        return self.add(Fault(endpoint, status, **more))
 
     def cut(self, endpoint: str, where: Cut, **more: Any) -> Fault:
         """Cut the connection of a request."""
-        return self._add(Fault(endpoint, cut=where, **more))
+        return self.add(Fault(endpoint, cut=where, **more))
 
     def hold(self, endpoint: str, **more: Any) -> Fault:
         """Let a request wait: `reached.wait()` until it is there, `release()` to let it go on."""
-        return self._add(Fault(endpoint, hold=True, **more))
+        return self.add(Fault(endpoint, hold=True, **more))
 
-    def _add(self, fault: Fault) -> Fault:
+    def add(self, fault: Fault) -> Fault:
+        """Let something go wrong."""
         assert fault.endpoint in (*ENDPOINTS, "any"), f"no endpoint {fault.endpoint}: {ENDPOINTS}"
         return self.faults.add(fault)
 
@@ -232,7 +234,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         split = urlsplit(self.path)
         name, endpoint, groups = self._route(method, split.path)
-        fault = hub.faults.next(name)
+        fault = hub.faults.next(name, split.path)
         token = None
         status: int | None = None
         self.received = 0

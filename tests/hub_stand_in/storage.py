@@ -32,7 +32,8 @@ def batch(hub: HubStandIn, query: Query) -> Answer:
     asked = query.json()
     if asked.get("operation") != "upload" or asked.get("hash_algo", "sha256") != "sha256":
         raise Refused(400, "only uploads by sha256")
-    repo = hub.store.writable(query.kind, query.repo, query.token)
+    ref = (asked.get("ref") or {}).get("name")
+    repo = hub.store.proposable(query.kind, query.repo, query.token, ref)
     return Answer.json(
         {"transfer": "basic", "objects": [_actions(hub, repo, one) for one in asked["objects"]]}
     )
@@ -111,7 +112,7 @@ def complete(hub: HubStandIn, query: Query) -> Answer:
 
 def verify(hub: HubStandIn, query: Query) -> Answer:
     """Whether an object is there as announced."""
-    repo = hub.store.writable(query.kind, query.repo, query.token)
+    repo = hub.store.proposable(query.kind, query.repo, query.token, None)
     told = query.json()
     if repo.objects.get(told["oid"]) != told["size"]:
         raise Refused(404, "Object not found")

@@ -182,6 +182,17 @@ class Store:
             raise Refused(403, "Forbidden: you need write access to this repository")
         return repo
 
+    def proposable(self, kind: str, name: str, token: Token | None, ref: str | None) -> Repo:
+        """A repository that a token may send files to: to a pull request of its user's own, or
+        (no ref) to one that is being opened, reading it is enough."""
+        repo = self.readable(kind, name, token)
+        own = ref is None or any(
+            (p["ref"], p["author"]) == (ref, token and token.user) for p in repo.pulls
+        )
+        if token is None or token.role == "read" or not own:
+            return self.writable(kind, name, token)
+        return repo
+
     # -- repositories ------------------------------------------------------------------------------
 
     def create(self, kind: str, name: str, private: bool, user: str, sdk: str | None) -> Repo:
