@@ -6,6 +6,7 @@ the parents that are not here yet
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def check_access(
         _check_namespace(full, who)
         if not create:
             return Access(full, str(who["name"]), "", True, False)
-        hub.ask(lambda: hub.api.create_repo(full, private=True, exist_ok=True), "create", full)
+        hub.ask(lambda: _create(hub.api, full), "create", full)
     elif private and not pr and info.private is False:
         raise HubError(
             f"{full} is public, and publishing is private unless asked: say --public (in a recipe "
@@ -147,6 +148,14 @@ def _check_namespace(full: str, who: Mapping[str, Any]) -> None:
             f"cannot create {full}: the token's account is {who['name']}, and {owner} is neither "
             f"it nor one of its organisations. Publish under one of {own}, or use another token"
         )
+
+
+def _create(api: HfApi, full: str) -> None:
+    """A private repository; one that is there already is right as well."""
+    # huggingface_hub takes every 409 for "is there" and looks for its address: whether it is there
+    # comes out when the right to write is asked for.
+    with contextlib.suppress(KeyError):
+        api.create_repo(full, private=True, exist_ok=True)
 
 
 def _info(hub: Hub, full: str) -> Any:

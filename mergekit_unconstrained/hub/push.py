@@ -20,11 +20,10 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi, RepoFile
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from mergekit_unconstrained.errors import HubError
-from mergekit_unconstrained.hub import publication
+from mergekit_unconstrained.hub import publication, refs
 from mergekit_unconstrained.hub.access import Access, Hub, check_access, connect
 from mergekit_unconstrained.hub.gate import check_gate, licence_lines
 from mergekit_unconstrained.hub.local_files import (
@@ -35,7 +34,7 @@ from mergekit_unconstrained.hub.local_files import (
     local_files,
     refuse_secrets,
 )
-from mergekit_unconstrained.hub.retry import Patience, lost, status_of
+from mergekit_unconstrained.hub.retry import Patience, lost
 
 XET_RESUMES = {
     "HF_XET_DATA_SESSION_XORB_METADATA_FLUSH_INTERVAL": "1s",
@@ -105,10 +104,12 @@ def push(
         raise HubError("a pull request cannot be tagged: tag the commit when it is merged")
     files = local_files(folder)
     refuse_secrets(files, _token(hub.api))
+    if not private:
+        check_gate(folder, checked_licences)
     access = check_access(
         repo_id, private=private, tag=tag, pr=pr, api=hub.api, patience=hub.patience
     )
-    if not private or not access.private:
+    if private and not access.private:  # a pull request on a public one is public as well
         check_gate(folder, checked_licences)
     if not pr:
         publication.address(folder, access.repo_id, tag)
@@ -118,16 +119,18 @@ def push(
         hashes = hash_all(files, advance)
     publication.check_hashes(folder, {name: h.sha256 for name, h in hashes.items()})
     resumed = publication.begin(folder, access.repo_id)
-    pull = _pull_request(hub, access) if pr else None
-    ref, head = (pull.ref, _sha(hub, access.repo_id, pull.ref)) if pull else ("main", access.head)
+    pull = refs.own_pull_request(hub, access.repo_id, access.user) if pr else None
+    ref, head = (
+        (pull.ref, refs.head_of(hub, access.repo_id, pull.ref)) if pull else ("main", access.head)
+    )
     upload = _Upload(hub, access.repo_id, ref, head, files, hashes, f"Upload {folder.name}")
     changed = differing(files, hashes, _remote(upload, head))
     if tag is not None:
-        _check_tag(upload, tag, None if changed else head)
+        refs.check_tag(hub, access.repo_id, tag, None if changed else head)
     commit = _send(upload, changed, quiet) if changed else head
     _verify(upload, commit)
     if tag is not None:
-        _tag(upload, tag, commit)
+        refs.set_tag(hub, access.repo_id, tag, commit)
     if not private and access.private and not pr:
         hub.ask(
             lambda: hub.api.update_repo_settings(access.repo_id, private=False),
@@ -168,10 +171,12 @@ def look(
     hub = connect(api, patience)
     files = local_files(folder)
     refuse_secrets(files, _token(hub.api))
+    if not private:
+        check_gate(folder, checked)
     access = check_access(
         repo_id, private=private, tag=tag, pr=pr, create=False, api=hub.api, patience=hub.patience
     )
-    if not private or not access.private:
+    if private and not access.private:
         check_gate(folder, checked)
     return access, files, licence_lines(folder)
 
@@ -231,7 +236,7 @@ def _commit(upload: _Upload, operations: list[CommitOperationAdd]) -> str:
         except Exception as error:
             if not lost(error):
                 raise
-            now = _sha(hub, repo_id, upload.ref)
+            now = refs.head_of(hub, repo_id, upload.ref)
             if now == upload.head:
                 raise
             if not differing(upload.files, upload.hashes, _remote(upload, now)):
@@ -275,11 +280,6 @@ def _validate_card(api: HfApi, readme: LocalFile) -> None:
 # -- looking ---------------------------------------------------------------------------------------
 
 
-def _sha(hub: Hub, repo_id: str, ref: str) -> str:
-    """The commit that a branch or a pull request is at."""
-    return str(hub.ask(lambda: hub.api.repo_info(repo_id, revision=ref), "read", repo_id).sha)
-
-
 def _remote(upload: _Upload, commit: str) -> dict[str, RepoFile]:
     """What the Hub has at a commit, by name."""
     hub, repo_id = upload.hub, upload.repo_id
@@ -300,70 +300,6 @@ def _verify(upload: _Upload, commit: str) -> None:
             f"{upload.repo_id} at {commit} does not hold what was sent: {names} differ. It was not "
             "tagged nor made public; run the same command again"
         )
-
-
-# -- tags and pull requests ------------------------------------------------------------------------
-
-
-def _tagged(upload: _Upload, tag: str) -> str | None:
-    """The commit that has a tag."""
-    hub, repo_id = upload.hub, upload.repo_id
-    refs = hub.ask(lambda: hub.api.list_repo_refs(repo_id), "read", repo_id)
-    return next((str(one.target_commit) for one in refs.tags if one.name == tag), None)
-
-
-def _check_tag(upload: _Upload, tag: str, commit: str | None) -> None:
-    """Refuse a tag that another commit has. commit: None for one that is yet to come."""
-    there = _tagged(upload, tag)
-    if there is not None and there != commit:
-        raise HubError(
-            f"{upload.repo_id} has a tag {tag} already, on another commit ({there[:12]}): choose "
-            "another name; tags are never moved"
-        )
-
-
-def _tag(upload: _Upload, tag: str, commit: str) -> None:
-    hub, repo_id = upload.hub, upload.repo_id
-
-    def attempt() -> None:
-        try:
-            hub.api.create_tag(repo_id, tag=tag, revision=commit)
-        except HfHubHTTPError as error:
-            if status_of(error) != 409 or _tagged(upload, tag) is None:
-                raise
-            _check_tag(upload, tag, commit)  # there since a lost answer, or by somebody else
-
-    hub.ask(attempt, "tag", repo_id, also=(409,))
-
-
-@dataclass(frozen=True)
-class _Pull:
-    ref: str
-    url: str
-
-
-def _pull_request(hub: Hub, access: Access) -> _Pull:
-    """An open pull request of ours, or a new one: never a second one after a lost answer."""
-    title = "Upload with mergekit-unconstrained"
-
-    def own() -> Any:
-        return next(
-            (
-                one
-                for one in hub.api.get_repo_discussions(access.repo_id)
-                if one.is_pull_request
-                and (one.title, one.author) == (title, access.user)
-                and one.status in ("draft", "open")
-            ),
-            None,
-        )
-
-    def attempt() -> Any:
-        return own() or hub.api.create_pull_request(access.repo_id, title=title)
-
-    pull = hub.ask(attempt, "open a pull request on", access.repo_id)
-    url = f"{hub.api.endpoint}/{access.repo_id}/discussions/{pull.num}"
-    return _Pull(str(pull.git_reference or f"refs/pr/{pull.num}"), url)
 
 
 def _token(api: HfApi) -> str | None:

@@ -71,8 +71,9 @@ def _reason(cause: BaseException, repo_id: str, api: HfApi) -> str:
 def _answer(cause: HfHubHTTPError, repo_id: str, api: HfApi) -> str:
     status, said = cause.response.status_code, _said(cause)
     if status == 401:
-        return f"the Hub does not accept the token ({said}): it was revoked or is mistyped. " + (
-            log_in(api)
+        return (
+            f"the Hub does not accept the token ({said}): it was revoked or is mistyped. "
+            f"{log_in(api)}, and run the same command again"
         )
     if status in (402, 403, 413) and re.search(r"storage|quota|limit|billing|payment", said, re.I):
         return (
@@ -81,7 +82,7 @@ def _answer(cause: HfHubHTTPError, repo_id: str, api: HfApi) -> str:
         )
     if status in (402, 403):
         return (
-            f"the token has no right to ({said}): use one with write access to "
+            f"the token has no right to do that ({said}): use one with write access to "
             f"{repo_id.partition('/')[0]} ({api.endpoint}/settings/tokens), another name, or --pr. "
             f"{AGAIN}"
         )
