@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from mergekit_unconstrained.errors import NonFiniteError, RecipeError
 from mergekit_unconstrained.fusion.settings import FusionSettings
 from mergekit_unconstrained.fusion.training import losses
-from mergekit_unconstrained.fusion.training.checkpoints import mark_complete
+from mergekit_unconstrained.fusion.training.checkpoints import is_complete, mark_complete
 from mergekit_unconstrained.fusion.training.collate import Item, collate
 from mergekit_unconstrained.fusion.training.ordering import StepSampler, lengths_of
 
@@ -252,8 +252,9 @@ class FusionTrainer(transformers.Trainer):
         with self._stopped_clock():
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save and not is_complete(checkpoint):
+                mark_complete(checkpoint)
 
     # -- the Hub ------------------------------------------------------------------------------
 
@@ -269,6 +270,9 @@ class FusionTrainer(transformers.Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._tell_failed_pushes()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:  # its last file: nothing changes while the rest is uploaded
+            mark_complete(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
