@@ -16,6 +16,7 @@ from mergekit_unconstrained.hub import gate, publication
 from mergekit_unconstrained.hub.access import check_access
 from mergekit_unconstrained.hub.licences import verdict
 from mergekit_unconstrained.hub.push import push
+from mergekit_unconstrained.hub.refusals import redacted
 from tests.hub.conftest import Clock, holds
 from tests.hub_stand_in import HubStandIn
 
@@ -300,3 +301,9 @@ def test_every_name_of_the_stand_in_is_an_endpoint(hub: HubStandIn) -> None:
     make: Callable[..., Any] = hub.fail
     with pytest.raises(AssertionError, match="no endpoint"):
         make("nowhere", 500)
+
+
+def test_whatever_looks_like_a_token_is_left_out() -> None:
+    other = "hf_" + "abcDEF123" * 3
+    said = redacted(f"Authorization: Bearer eyJhbGciOi.x.y and {other} of hf_hub")
+    assert said == "Authorization: hf_*** and hf_*** of hf_hub"
