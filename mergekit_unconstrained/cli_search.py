@@ -97,18 +97,15 @@ def run(
     options: tuple[str, ...],
 ) -> None:
     """Run a search, or go on with it. Further OPTIONS are mergekit-yaml's own."""
-    jobs = _jobs()
-    jobs.search(
-        file,
-        out,
-        _merge_options(options, "search"),
-        storage=storage,
-        dry_run=dry_run,
-        budget=budget,
-        time=limit,
-        allow_code=allow_code,
-        allow_test_split=allow_test_split,
-    )
+    changes = {
+        "budget": budget,
+        "time": limit,
+        "allow_code": allow_code,
+        "allow_test_split": allow_test_split,
+    }
+    _check(file, changes)
+    jobs, made = _jobs(), _merge_options(options, "search")
+    jobs.search(file, out, made, storage=storage, dry_run=dry_run, **changes)
 
 
 @search.command(context_settings={"ignore_unknown_options": True})
@@ -127,14 +124,10 @@ def worker(
     options: tuple[str, ...],
 ) -> None:
     """Score candidates for a search that runs elsewhere on the same storage."""
-    _jobs().work_along(
-        file,
-        out,
-        _merge_options(options, "search worker"),
-        storage=storage,
-        allow_code=allow_code,
-        budget=budget,
-    )
+    changes = {"budget": budget, "allow_code": allow_code}
+    _check(file, changes)
+    jobs, made = _jobs(), _merge_options(options, "search worker")
+    jobs.work_along(file, out, made, storage=storage, **changes)
 
 
 @search.command()
@@ -146,6 +139,13 @@ def settings() -> None:
 
     click.echo("# A search file; `tasks` (a tasks file, or tasks as there) is required too.")
     click.echo(explained(SearchSettings), nl=False)
+
+
+def _check(file: Path, changes: dict[str, Any]) -> None:
+    """Refuse a wrong file before torch and mergekit are imported, which takes seconds."""
+    from mergekit_unconstrained.search.settings import read_file
+
+    read_file(file, changes)
 
 
 def _jobs() -> Any:

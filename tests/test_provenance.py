@@ -419,6 +419,7 @@ def test_a_model_fetched_during_the_merge_has_its_commit(
     here = read_parent(ModelReference.parse(str(tiny_models.base)))
     reference = ModelReference.parse("org/name")
     before = dataclasses.replace(here, reference=reference, folder=None, weight_files=())
+    (repository / "snapshots" / COMMIT / "tokenizer_config.json").unlink()  # not all was fetched
     (after,) = sources.resolved([before], str(tmp_path))
     assert after.commit == COMMIT
     assert pinned_name(after) == f"org/name@{COMMIT}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_unconstrained.errors import DataError, ModelError
+from mergekit_unconstrained.errors import ModelError
 from mergekit_unconstrained.fusion.alignment.aligners import Pairs, build_map, make_aligner
 from mergekit_unconstrained.fusion.alignment.quality import measure
 from mergekit_unconstrained.fusion.data.prepared import dataset_identity, load_prepared, prepare
@@ -27,12 +27,7 @@ from mergekit_unconstrained.fusion.feed import open_feed
 from mergekit_unconstrained.fusion.launch import launch
 from mergekit_unconstrained.fusion.models import LocalModel, identity_of
 from mergekit_unconstrained.fusion.plan import FusionPlan
-from mergekit_unconstrained.fusion.records import (
-    Conversation,
-    Encoded,
-    Record,
-    SparseDistributions,
-)
+from mergekit_unconstrained.fusion.records import Conversation
 from mergekit_unconstrained.fusion.scores import Score, score
 from mergekit_unconstrained.fusion.settings import FusionSettings
 from mergekit_unconstrained.fusion.training.train import HISTORY, TrainJob
@@ -340,38 +335,3 @@ def held_out_score(run: Run, data: Stage, model: LocalModel, *, keep: bool = Tru
     if not keep:
         stage.discard()
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class Inspection:
-    """One conversation as a source's distributions reach the pivot."""
-
-    conversation: Conversation
-    record: Record
-    encoded: Encoded
-    aligned: SparseDistributions
-
-
-def inspection(
-    run: Run,
-    data: Stage,
-    source: LocalModel,
-    distributions: Stage,
-    alignment: Stage,
-    row: int | None,
-) -> Inspection:
-    """What `fuse inspect` shows. row: None for the first. DataError for one that is not there."""
-    train, held_out = load_prepared(data.folder)
-    rows = {c.row: c for c in (*train, *held_out)}
-    chosen = min(rows) if row is None else row
-    if chosen not in rows:
-        raise DataError(
-            f"row {chosen} is not among the {len(rows)} that are used (from {min(rows)} to "
-            f"{max(rows)}): it does not exist or was left out"
-        )
-    conversation = rows[chosen]
-    records = Store(distributions.folder / "store").read([chosen])
-    encoded = [run.pivot.encoder.encode(conversation)]
-    aligner = make_aligner(source, run.pivot, run.settings, alignment.folder)
-    (aligned,) = aligner.align(records, encoded)
-    return Inspection(conversation, records[0], encoded[0], aligned)

@@ -29,7 +29,7 @@ def card_facts(folder: Path, known: Provenance | None = None) -> CardFacts:
     """
     known = known or provenance.load(folder)
     return CardFacts(
-        title=known.title,
+        title=known.repo_id.rpartition("/")[2] if known.repo_id else known.title,
         method=known.method,
         parents=known.parents,
         recipe=_text(folder, known.recipe),

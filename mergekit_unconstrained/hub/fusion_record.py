@@ -81,14 +81,10 @@ def describe(
     if histories:
         curves.draw(histories, folder / CURVES, title)
     names = places(parents.values())
-    known = _provenance(plan, made, folder, title, seconds, options).model_copy(
-        update={
-            "parents": tuple(
-                _parent(parent, role, names, digests)
-                for role, parent in zip(roles, found, strict=True)
-            )
-        }
-    )
+    told = [_parent(p, role, names, digests) for role, p in zip(roles, found, strict=True)]
+    licences_of = {p.name: sources.licence(p.folder) for p in found}
+    known = _provenance(plan, made, folder, title, seconds, options, licences_of)
+    known = known.model_copy(update={"parents": tuple(told)})
     known = provenance.write(folder, known)
     if options.write_model_card:
         card.write(folder, card_facts(folder, known))
@@ -123,8 +119,9 @@ def _provenance(
     title: str,
     seconds: float,
     options: MergeOptions,
+    licences_of: Mapping[str, str | None],
 ) -> Provenance:
-    """All but the parents."""
+    """All but the parents. licences_of: by the model's name in the recipe."""
     spec = plan.method.spec
     entry = entry_for(spec.name)
     method = facts.Method(
@@ -145,7 +142,7 @@ def _provenance(
         seeds={"settings": plan.settings.seed},
         tokenizer=plan.pivot.name,
         chat_template=sources.has_chat_template(folder),
-        fusion=_fusion(plan, made, folder),
+        fusion=_fusion(plan, made, folder, licences_of),
         versions=machine.versions((*machine.PACKAGES, "tokenizers", "datasets", "accelerate")),
         machine=machine.hardware(),
         seconds=round(max(seconds, made.seconds), 1),
@@ -158,7 +155,9 @@ ONLY_LIKELIHOOD = (
 )
 
 
-def _fusion(plan: FusionPlan, made: Stages, folder: Path) -> facts.Fusion:
+def _fusion(
+    plan: FusionPlan, made: Stages, folder: Path, licences_of: Mapping[str, str | None]
+) -> facts.Fusion:
     data = made.data.results
     return facts.Fusion(
         pivot=plan.pivot.name,
@@ -166,7 +165,7 @@ def _fusion(plan: FusionPlan, made: Stages, folder: Path) -> facts.Fusion:
         conversations=int(data["conversations"]),
         held_out=int(data["held_out"]),
         left_out=dict(data["report"]["left_out"]),
-        teachers=tuple(_teacher(m, made) for m in plan.sources),
+        teachers=tuple(_teacher(m, made, licences_of.get(m.parent.name)) for m in plan.sources),
         training=_training(plan, made),
         curves=CURVES if (folder / CURVES).exists() else None,
         groups=tuple(_group(g) for g in plan.groups),
@@ -215,19 +214,20 @@ def licence_warnings(plan: FusionPlan) -> tuple[str, ...]:
     found = []
     for role, parent in plan.parents:
         name = display_name(parent.name, parent.commit is None)
+        sources.fetch_card(parent.folder)
         warning = licences.distillation(name, sources.licence(parent.folder))
         if warning and role != "pivot":
             found.append(warning)
     return tuple(found)
 
 
-def _teacher(member: Member, made: Stages) -> facts.Teacher:
+def _teacher(member: Member, made: Stages, licence: str | None) -> facts.Teacher:
     alignment = made.alignments[member.name].results
     shares: list[dict[str, float]] = [stage.results["won"] for stage in made.targets.values()]
     won = next((s for s in shares if member.name in s), {})
     return facts.Teacher(
         name=member.name,
-        licence=sources.licence(member.parent.folder),
+        licence=licence,
         weight=member.weight,
         coverage=alignment.get("coverage"),
         label_consistency=alignment.get("label_consistency"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergekit_unconstrained.config.parents import Parent, weight_files
+from mergekit_unconstrained.config.parents import Parent, cached_folder, weight_files
 from mergekit_unconstrained.config.table import short_name
 from mergekit_unconstrained.engine.digest import BackgroundDigests, sha256
 from mergekit_unconstrained.errors import UnconstrainedError
 from mergekit_unconstrained.hub import facts
-from mergekit_unconstrained.hub.names import display_name
+from mergekit_unconstrained.hub.names import cached_id, display_name
 from mergekit_unconstrained.hub.pinning import adapter_commit, lies_here
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -26,14 +27,18 @@ def resolved(parents: Iterable[Parent], cache: str | None = None) -> list[Parent
 
     cache: the Hub's cache folder, where it is not the usual one.
     """
-    return [_adapter_resolved(_model_resolved(p, cache), cache) for p in parents]
+    found = [_adapter_resolved(_model_resolved(p, cache), cache) for p in parents]
+    for parent in found:
+        fetch_card(parent.folder)
+        fetch_card(next((file.parent for file in parent.adapter_files), None))
+    return found
 
 
 def _model_resolved(parent: Parent, cache: str | None) -> Parent:
     if parent.folder is not None:
         return parent
     model = parent.reference.model
-    folder = _cached(model.path, model.revision, cache)
+    folder = cached_folder(model.path, "config.json", model.revision, cache)
     if folder is None:
         return parent
     try:
@@ -43,26 +48,28 @@ def _model_resolved(parent: Parent, cache: str | None) -> Parent:
     return dataclasses.replace(parent, folder=folder, weight_files=files, commit=folder.name)
 
 
+def fetch_card(folder: Path | None) -> None:
+    """Bring the card of a model into its folder of the Hub's cache, where mergekit left it out.
+
+    Without a card the licence is not known. Offline, or where there is none, nothing happens.
+    """
+    import huggingface_hub
+
+    known = cached_id(str(folder)) if folder is not None else None
+    if folder is None or known is None or (folder / "README.md").exists():
+        return
+    cache = folder.parent.parent.parent
+    with contextlib.suppress(Exception):
+        huggingface_hub.hf_hub_download(known[0], "README.md", revision=known[1], cache_dir=cache)
+
+
 def _adapter_resolved(parent: Parent, cache: str | None) -> Parent:
     adapter = parent.reference.lora
     if adapter is None or parent.adapter_files:
         return parent
-    folder = _cached(adapter.path, adapter.revision, cache)
+    folder = cached_folder(adapter.path, "adapter_config.json", adapter.revision, cache)
     files = tuple(sorted(folder.glob("adapter_model.*"))) if folder is not None else ()
     return dataclasses.replace(parent, adapter_files=files)
-
-
-def _cached(repository: str, revision: str | None, cache: str | None) -> Path | None:
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, cache_dir=cache, local_files_only=True
-            )
-        )
-    except Exception:  # not there, or no id of the Hub at all
-        return None
 
 
 def source_of(

@@ -27,6 +27,7 @@ from mergekit_unconstrained.fusion.models import identity_of
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, MergedGroup
 from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, hashed, safe
 from mergekit_unconstrained.jobs import fusing
+from mergekit_unconstrained.jobs.fused_targets import pivot_dtype
 from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.jobs.weights import RunMerge, files_hash, merge_into, run_job
 from mergekit_unconstrained.present import fusion as display
@@ -287,7 +288,7 @@ def _recipe(
         "models": experts,
         "parameters": settings,
     }
-    data["dtype"] = document.data.get("dtype") or fusing.pivot_dtype(base)
+    data["dtype"] = document.data.get("dtype") or pivot_dtype(base)
     return Document.parse(yaml.safe_dump(data, sort_keys=False), f"{document.name}, group {name}")
 
 

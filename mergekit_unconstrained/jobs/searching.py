@@ -8,6 +8,7 @@ was found. Whatever ends a search, the same command goes on with it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,8 +31,8 @@ from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.engine.plan import Plan, make_plan
 from mergekit_unconstrained.errors import OutputError, RecipeError
+from mergekit_unconstrained.evaluation.configured import ConfiguredTask
 from mergekit_unconstrained.evaluation.records import Split
-from mergekit_unconstrained.evaluation.settings import load_tasks, read_tasks
 from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_refused
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
@@ -53,7 +54,7 @@ from mergekit_unconstrained.search.run import (
     fixing_unused,
 )
 from mergekit_unconstrained.search.samplers import grid_points
-from mergekit_unconstrained.search.settings import GenomeSettings, SearchSettings, load_settings
+from mergekit_unconstrained.search.settings import GenomeSettings, SearchSettings, read_file
 from mergekit_unconstrained.search.space import Candidate, Space, make_space
 from mergekit_unconstrained.search.stock import stock_recipe
 from mergekit_unconstrained.search.study import Study, open_storage
@@ -88,14 +89,13 @@ def work_of(out: Path) -> Path:
     return out.with_name(out.name + ".search")
 
 
-def plan_search(path: Path, out: Path, options: MergeOptions, **changes: Any) -> SearchPlan:
+def plan_search(path: Path, options: MergeOptions, **changes: Any) -> SearchPlan:
     """Check a search file against models and tasks, before a weight is read.
 
     changes: settings that the command line overrides; None says nothing.
     """
-    settings, document = load_settings(path)
-    settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    tasks = _tasks(document, path, settings)
+    settings, document, tasks = read_file(path, changes)
+    _check_tasks(document, settings, tasks)
     recipe = settings.recipe
     method = compat.get(str(recipe.get("merge_method", "")))
     if isinstance(method, compat.ModelMethod):
@@ -122,7 +122,7 @@ def plan_search(path: Path, out: Path, options: MergeOptions, **changes: Any) ->
         free=space(uniform),
     )
     _check_grid(document, settings, spaces.searched)
-    merge = merge_plan(spaces.searched, work_of(out) / "start", options)
+    merge = merge_plan(document, spaces.searched, options)
     return SearchPlan(document, settings, tasks, spaces, merge, _job(settings, tasks, merge))
 
 
@@ -136,27 +136,24 @@ def _check_grid(document: Document, settings: SearchSettings, space: Space) -> N
         )
 
 
-def _tasks(document: Document, path: Path, settings: SearchSettings) -> tuple[Task, ...]:
-    given = document.data["tasks"]
-    if isinstance(given, str):
-        tasks = load_tasks(path.parent / given, allow_code=settings.allow_code)
-    else:
-        tasks = read_tasks(document, path.parent, allow_code=settings.allow_code)
+def _check_tasks(
+    document: Document, settings: SearchSettings, tasks: Sequence[ConfiguredTask]
+) -> None:
     if not any("search" in t.splits() and t.weight > 0 for t in tasks):
         document.fail(("tasks",), "no task has a `search` split: nothing could be optimised")
     check_disjoint(tasks)
     if not settings.allow_test_split:
         for task in tasks:
             fitness_refused(task)
-    return tuple(tasks)
 
 
-def merge_plan(space: Space, folder: Path, options: MergeOptions) -> Plan:
-    """The plan of job A for the start of the genome, its files written to `folder`."""
-    document = write_candidate(space.candidate(space.genome.start), folder)
-    config = MergeConfiguration.model_validate(document.data)
-    method = compat.get(config.merge_method)
-    return make_plan(document, config, method, options)
+def merge_plan(document: Document, space: Space, options: MergeOptions) -> Plan:
+    """The plan of job A for the start of the genome; what is wrong is named in the search file."""
+    made = Document.parse(space.candidate(space.genome.start).in_one(), document.name)
+    lines = {place[1:]: n for place, n in document.lines.items() if place[:1] == ("recipe",)}
+    recipe = dataclasses.replace(made, lines=lines, spans={})
+    config = MergeConfiguration.model_validate(recipe.data)
+    return make_plan(recipe, config, compat.get(config.merge_method), options)
 
 
 def write_candidate(candidate: Candidate, folder: Path) -> Document:
@@ -210,7 +207,7 @@ def search(
     started = time.monotonic()
     if "job" not in noted(out):  # a finished one may have to be published yet
         _check_out(out)
-    plan = plan_search(path, out, options, **changes)
+    plan = plan_search(path, options, **changes)
     parents = (plan.merge.base, *plan.merge.experts)
     publication = Publication(plan.merge.job, plan.job, parents, quiet=options.quiet)
     display.print_plan(plan)
@@ -268,7 +265,7 @@ def work_along(
     path: Path, out: Path, options: MergeOptions, *, storage: str | None, **changes: Any
 ) -> None:
     """Evaluate candidates of a search that another process leads, until its budget is spent."""
-    plan = plan_search(path, out, options, **changes)
+    plan = plan_search(path, options, **changes)
     searcher = prepare(plan, options)
     opened = open_storage(storage, work_of(out) / "journal.log")
     run_studies(plan, searcher, opened, shared=True, lead=False)
@@ -331,12 +328,16 @@ def run_studies(
             spent = math.fsum(f.seconds for f in study.finished)
             deadline = time.monotonic() + s.time - spent
         studies[name] = study
+        if lead:
+            study.open()
         with display.search_bar(LABELS[name], study, budget, searcher.objective.size) as bar:
             while True:
                 if lead:
                     study.abandon(study.stale if shared else lambda _: True)
                 evaluate = searcher.evaluate(name, bar.examples)
                 study.run(budget, evaluate, deadline=deadline, done=bar.trial)
+                if lead and time.monotonic() >= deadline:
+                    study.close()  # workers know of no time limit
                 if not study.unfinished:
                     break
                 time.sleep(POLL_SECONDS)  # other workers are at the last candidates

@@ -173,7 +173,7 @@ def print_mixture(
 def print_inspection(pivot: Any, source: Any, shown: Any, positions: int) -> None:
     """Position by position: the pivot's token, how it came by a distribution, its likeliest ids.
 
-    pivot, source: fusion.models.LocalModel. shown: fusion.stages.Inspection.
+    pivot, source: fusion.models.LocalModel. shown: fusion.inspection.Inspection.
     """
     table = Table(
         title=escape(f"row {shown.conversation.row}: {source.name} -> {pivot.name}"),

@@ -169,6 +169,22 @@ class LiveMerge:
         return computed
 
     @torch.no_grad()
+    def differ(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two candidates are different models; the live one stays as it is."""
+        with using(MergeContext(self.plan.roles, True, self._out_dtype)):
+            pairs = list(zip(self._work(one), self._work(other), strict=True))
+            # Smallest first: the answer is mostly had from the first tensor that is computed.
+            pairs.sort(key=lambda pair: pair[0][0].target.numel())
+            for (held, key, compute), (_, changed, again) in pairs:
+                if key == changed:
+                    continue
+                parents = held.parents or self._cast(self._read(held.planned))
+                before, after = compute(parents), again(parents)
+                if before is None or after is None or not torch.equal(before, after):
+                    return True
+        return False
+
+    @torch.no_grad()
     def write_parent(self, name: str) -> None:
         """Put one of the parents, as it is, into the model."""
         self._written.clear()
@@ -285,8 +301,14 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     covered = {t.data_ptr() for t in found.values()}
     lost = [name for name, t in model.named_parameters() if t.data_ptr() not in covered]
     if lost:
+        why = (
+            "transformers makes one tensor of a mixture's experts when it loads them, which a "
+            "search cannot write yet: choose coefficients by hand, or search a dense model"
+            if "expert" in lost[0]
+            else "its checkpoint is converted when it is loaded"
+        )
         raise ModelError(
             f"{plan.base.name} cannot be merged in memory: no merged tensor belongs to "
-            f"{lost[0]} (and {len(lost) - 1} more) of the live model"
+            f"{lost[0]} (and {len(lost) - 1} more) of the live model; {why}"
         )
     return found

@@ -357,3 +357,26 @@ def test_a_licence_with_a_word_on_distillation_is_warned_of(fused: Fused, tmp_pa
     recipe = write(tmp_path, fused, {"models": [{"model": str(bound)}]})
     said = succeed("fuse", "collect", recipe, tmp_path / "out", "--quiet")
     assert "Llama 3 Community License, the licence of bound, forbids" in " ".join(said.split())
+
+
+def test_distributions_of_another_tokenizers_version_are_noticed(
+    fused: Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries can split a text otherwise than when the pivot's distributions were collected."""
+    from mergekit_unconstrained.errors import DataError
+    from mergekit_unconstrained.fusion.feed import open_feed
+
+    (target,) = (m for name, m in stages_of(fused.out).items() if name.startswith("targets/gpt2"))
+    feed, _ = open_feed(target["results"]["feed"])
+    assert feed[0]["used"].any()
+    as_it_was = feed.pivot.encoder.encode_many
+
+    def otherwise(conversations: Any) -> Any:
+        found = as_it_was(conversations)
+        for one in found:
+            one.ids[one.positions[-2]] += 1
+        return found
+
+    monkeypatch.setattr(feed.pivot.encoder, "encode_many", otherwise)
+    with pytest.raises(DataError, match=r"row \d+: .* of pivot are for other tokens .* run again"):
+        feed[0]

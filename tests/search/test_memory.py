@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_unconstrained import compat, jobs
+from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.errors import ModelError, NonFiniteError
 from mergekit_unconstrained.jobs.searching import merge_plan, plan_search, prepare, write_candidate
@@ -24,7 +25,7 @@ from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.search.memory import LiveMerge
 from mergekit_unconstrained.search.run import Searcher
 from mergekit_unconstrained.search.space import Candidate
-from tests.conftest import TinyModels
+from tests.conftest import TinyModels, _byte_tokenizer
 
 Weights = dict[str, torch.Tensor]
 OPTIONS = compat.MergeOptions(quiet=True)
@@ -95,7 +96,7 @@ def search(tmp_path: Path) -> Callable[..., Searcher]:
         file = tmp_path / "search.yml"
         given = {"recipe": recipe, "genome": genome, "tasks": tasks, **settings}
         file.write_text(yaml.safe_dump(given))
-        return prepare(plan_search(file, tmp_path / "found", OPTIONS), OPTIONS)
+        return prepare(plan_search(file, OPTIONS), OPTIONS)
 
     return make
 
@@ -287,6 +288,19 @@ def test_only_slices_that_changed_are_computed(
     assert live.write(candidate(searcher, {**values, "expert1 weight layer 1": 0.25})) == 9 + 2
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_numbers_of_mergekits_methods_that_change_nothing_are_found(
+    parents: Callable[..., Parents], search: Callable[..., Searcher], method: str
+) -> None:
+    genome = {"kinds": ["mlp"], "parameters": {"weight": {}}}
+    searcher = search(recipe_of(parents(), method), genome)
+    found = searcher.spaces.searched.genome
+    names = {f"expert{i} weight layer 1 mlp" for i in (1, 2)}  # no expert differs there
+    assert {gene.name for gene in found.fixed} == names
+    assert len(found) == 2 * 2 * 2 - 2
+    assert searcher.spaces.free.genome.fixed == ()
+
+
 @pytest.mark.parametrize("method", ["layerwise", "ties"])
 def test_the_order_of_candidates_does_not_matter(
     parents: Callable[..., Parents], search: Callable[..., Searcher], method: str
@@ -434,5 +448,22 @@ def test_the_plan_of_the_start_is_the_plan_of_every_candidate(
     parents: Callable[..., Parents], search: Callable[..., Searcher], tmp_path: Path
 ) -> None:
     searcher = search(recipe_of(parents(), "task_arithmetic"), {})
-    plan = merge_plan(searcher.spaces.searched, tmp_path / "start", OPTIONS)
+    document = Document.read(tmp_path / "search.yml")
+    plan = merge_plan(document, searcher.spaces.searched, OPTIONS)
     assert [t.name for t in plan.tensors] == [t.name for t in searcher.live.plan.tensors]
+
+
+def test_a_mixture_of_fused_experts_is_refused_in_a_sentence(
+    search: Callable[..., Searcher], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {**SMALL["llama"], **heads, "vocab_size": 256, "num_local_experts": 2}
+    config = AutoConfig.for_model("mixtral", **sizes)
+    folders = tuple(tmp_path / name for name in ("base", "one", "two"))
+    for folder in folders:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        _byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(ModelError, match="one tensor of a mixture's experts when it loads them"):
+        search(recipe_of(Parents(folders[0], folders[1:])), {})
