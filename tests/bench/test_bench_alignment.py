@@ -48,7 +48,7 @@ from mergekit_unconstrained.fusion.vocabulary.token_texts import TokenTexts
 
 TEXTS = int(os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_TEXTS", "200"))
 REFERENCE_TEXTS = 6
-REPEATS = 3
+REPEATS = 9
 """Of what takes under a second."""
 CHARACTERS = 1800
 K = 10
