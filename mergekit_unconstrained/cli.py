@@ -10,6 +10,7 @@ import click
 from mergekit_unconstrained import __version__
 from mergekit_unconstrained.cli_card import card, reproduce, verify
 from mergekit_unconstrained.cli_evaluation import evaluate, select
+from mergekit_unconstrained.cli_hub import push
 from mergekit_unconstrained.cli_search import search
 
 MERGEKIT_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -83,6 +84,7 @@ main.add_command(search)
 main.add_command(card)
 main.add_command(verify)
 main.add_command(reproduce)
+main.add_command(push)
 
 
 @main.command()

@@ -28,7 +28,7 @@ LAYERS: tuple[set[str], ...] = (
     {"_activate"},  # held to more than its place by a test of its own
     {"describe"},
     {"demo"},
-    {"cli_card", "cli_evaluation", "cli_search"},
+    {"cli_card", "cli_evaluation", "cli_search", "cli_hub"},
     {"cli", "space"},
 )
 SCORING = ("search", "evaluation")  # a search asks the evaluation for scores

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr, ValidationError
 
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeMethod, ParameterScope, ParameterSpec
@@ -29,6 +29,16 @@ class JobOptions(BaseModel):
     """Let NaN and infinity in the parents' weights through instead of stopping."""
     dry_run: StrictBool = False
     """Check everything, print the plan and stop before any weight is read."""
+    push_to_hub: StrictStr | None = None
+    """Publish the result as this repository of the Hub, `org/name`."""
+    hub_private: StrictBool = True
+    """Whether it is private there; `false` makes it public, if the licences allow it."""
+    hub_tag: StrictStr | None = None
+    """A tag for what is published, such as `v1`."""
+
+
+HUB_KEYS = ("push_to_hub", "hub_private", "hub_tag")
+"""Job options that change nothing in the result: they are not published with the recipe."""
 
 
 def check_recipe(document: Document, method: MergeMethod) -> JobOptions:
@@ -127,7 +137,10 @@ class _Checker:
         except ValidationError as error:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
-            self.document.fail((*place, name), f"must be true or false, not {options[name]!r}")
+            wanted = "true or false"
+            if name in ("push_to_hub", "hub_tag"):
+                wanted = "a name, as in `push_to_hub: org/name` and `hub_tag: v1`"
+            self.document.fail((*place, name), f"must be {wanted}, not {options[name]!r}")
 
     # -- keys and values ---------------------------------------------------------------------------
 

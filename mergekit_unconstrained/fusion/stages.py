@@ -267,13 +267,15 @@ def training_job(
         **steps,
         **{k: getattr(s, k) for k in fields},
     }
+    # Where checkpoints are pushed to changes nothing in them.
+    inputs["training"] = {k: v for k, v in s.training.items() if not k.startswith(("hub_", "push"))}
     name = "sft" if sft else target_name(sources)
     stage = run.work.stage(f"train/{name}", inputs)
     job = TrainJob(
         pivot=run.pivot.weights.absolute(),
         tokenizer=run.pivot.tokenizer_folder.absolute(),
         out=model_of(stage).absolute(),
-        settings=s,
+        settings=s.model_copy(update={"training": pushed_as(plan, name)}),
         lm_loss_weight=weight,
         feed=feed,
         name=name,
@@ -281,6 +283,15 @@ def training_job(
         **steps,
     )
     return stage, job
+
+
+def pushed_as(plan: FusionPlan, name: str) -> dict[str, Any]:
+    """The settings' `training`; of several trainings each pushes to a repository of its own."""
+    training = dict(plan.settings.training)
+    apart = plan.settings.pairing == "pairwise" and len(plan.sources) > 1
+    if training.get("push_to_hub") and (apart or plan.settings.sft_baseline):
+        training["hub_model_id"] = f"{training['hub_model_id']}-{name}"
+    return training
 
 
 def train(run: Run, stage: Stage, job: TrainJob) -> Stage:

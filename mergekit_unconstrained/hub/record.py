@@ -11,6 +11,7 @@ from mergekit_unconstrained.catalog import entry_for
 from mergekit_unconstrained.compat import MergeOptions
 from mergekit_unconstrained.config.grid import ExpertGrid, Grid, build_grid, summary
 from mergekit_unconstrained.config.parents import Parent
+from mergekit_unconstrained.config.recipe import HUB_KEYS
 from mergekit_unconstrained.config.table import short_name
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan
@@ -125,7 +126,7 @@ def _method(plan: Plan) -> facts.Method:
         paper=entry.paper if entry else "",
         url=spec.reference_url or "",
         operator=str(operator) if operator and operator != VARIES else None,
-        parameters=shown | plan.job.model_dump(exclude_defaults=True),
+        parameters=shown | plan.job.model_dump(exclude_defaults=True, exclude=set(HUB_KEYS)),
     )
 
 

@@ -7,10 +7,12 @@ Whatever ends a run, the next one with the same recipe goes on where it stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from pathlib import Path
 
+from mergekit_unconstrained import __version__, present
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.engine import staging
@@ -21,11 +23,13 @@ from mergekit_unconstrained.fusion.inspection import inspection
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, plan_fusion
 from mergekit_unconstrained.fusion.scores import Score
 from mergekit_unconstrained.fusion.stages import Run
-from mergekit_unconstrained.fusion.workdir import WorkDir, hashed
+from mergekit_unconstrained.fusion.workdir import WorkDir, hashed, safe
 from mergekit_unconstrained.hub import fusion_record
+from mergekit_unconstrained.hub.access import check_access
 from mergekit_unconstrained.jobs.fused_targets import merge_targets
 from mergekit_unconstrained.jobs.fusion_models import located
-from mergekit_unconstrained.jobs.weights import RunMerge
+from mergekit_unconstrained.jobs.publishing import Publication, without_keys
+from mergekit_unconstrained.jobs.weights import RunMerge, files_hash
 from mergekit_unconstrained.present import fusion as display
 
 STEPS = ("collect", "align", "target", "train", "merge")
@@ -79,11 +83,25 @@ def fuse(
     options: MergeOptions,
     run_merge: RunMerge,
     until: str = "merge",
+    publication: Publication | None = None,
 ) -> None:
-    """Run the stages that are not there yet, up to `until`, and put the result in place."""
+    """Run the stages that are not there yet, up to `until`, and put the result in place.
+
+    publication: what is asked for, where that was checked already.
+    """
     started = time.monotonic()
+    if publication is None:
+        publication = publication_of(plan, options)
+        if until == "merge":
+            publication.check(card=options.write_model_card)
+    plan = dataclasses.replace(plan, document=without_keys(plan.document))
     if until == "merge":
+        if publication.goes_on(out):
+            publication.push(out)
+            return
         staging.check_out(out)
+    if until in ("train", "merge"):
+        check_checkpoint_pushes(plan, options.quiet)
     for warning in fusion_record.licence_warnings(plan):
         display.warn(warning)
     work = WorkDir(plan.work_dir(out))
@@ -92,11 +110,41 @@ def fuse(
         run = located(plan, options, work)
         made = run_stages(run, until)
         if until == "merge":
-            finish(run, made, out, options, run_merge, started)
+            finish(run, made, out, options, run_merge, started, publication)
     if not options.quiet:
         display.print_stages(work, made.all())
         if until == "merge":
             display.print_summary(plan, out, time.monotonic() - started)
+    if until == "merge":
+        publication.push(out)
+
+
+def publication_of(plan: FusionPlan, options: MergeOptions) -> Publication:
+    """What a recipe says of publishing; the job is known by recipe, settings, models and data."""
+    pivots = {"pivot", *(f"base of {group.name}" for group in plan.groups[:1])}
+    merged = tuple(parent for role, parent in plan.parents if role in pivots)
+    teachers = tuple(parent for role, parent in plan.parents if role not in pivots)
+    data = Path(plan.dataset).expanduser()
+    identity = {
+        "recipe": without_keys(plan.document).data,
+        "settings": plan.settings.model_dump(mode="json", exclude={"work_dir", "resume"}),
+        "files": files_hash((*merged, *teachers)),
+        "data": [data.stat().st_size, data.stat().st_mtime_ns] if data.exists() else None,
+        "version": __version__,
+    }
+    return Publication(plan.job, hashed(identity), merged, teachers, options.quiet)
+
+
+def check_checkpoint_pushes(plan: FusionPlan, quiet: bool) -> None:
+    """Before anything is trained: whether `training: {push_to_hub: true}` will be let."""
+    training = plan.settings.training
+    if not training.get("push_to_hub"):
+        return
+    names = ["+".join(safe(m.name) for m in members) for members in trainings(plan)]
+    for name in (*names, *(("sft",) if plan.settings.sft_baseline else ())):
+        repo_id = str(stages.pushed_as(plan, name)["hub_model_id"])
+        with present.status(f"asking the Hub about {repo_id}", quiet):
+            check_access(repo_id, private=training.get("hub_private_repo", True) is not False)
 
 
 def run_stages(run: Run, until: str) -> fusion_record.Stages:
@@ -137,6 +185,7 @@ def finish(
     options: MergeOptions,
     run_merge: RunMerge,
     started: float,
+    publication: Publication,
 ) -> None:
     """Put the only target, or the merge of several, into OUT with its card."""
     plan = run.plan
@@ -154,6 +203,7 @@ def finish(
             scores = dev_scores(run, made, partial)
             seconds = time.monotonic() - started
             fusion_record.describe(plan, made, partial, out.name, digests, scores, seconds, options)
+            publication.note(partial)
     finally:
         digests.close()
 

@@ -25,10 +25,11 @@ from mergekit_unconstrained.errors import ModelError
 from mergekit_unconstrained.fusion import plan as fusion_plan
 from mergekit_unconstrained.fusion.models import identity_of
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, MergedGroup
-from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, safe
+from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, hashed, safe
 from mergekit_unconstrained.jobs import fusing
 from mergekit_unconstrained.jobs.fused_targets import pivot_dtype
-from mergekit_unconstrained.jobs.weights import RunMerge, merge_into, run_job
+from mergekit_unconstrained.jobs.publishing import Publication, without_keys
+from mergekit_unconstrained.jobs.weights import RunMerge, files_hash, merge_into, run_job
 from mergekit_unconstrained.present import fusion as display
 
 
@@ -114,10 +115,23 @@ def run(
         assert group.recipe is not None
         text = group.recipe.text or ""
         config = MergeConfiguration.model_validate(yaml.safe_load(text))
-        run_job(run_merge, compat.get("layerwise"), config, out, options, group.recipe)
+        parents = (*((group.base,) if group.base is not None else ()), *group.members)
+        asked = [without_keys(document).data, group.recipe.data, files_hash(parents)]
+        publication = Publication(found.job, hashed({"job": asked}), parents, quiet=options.quiet)
+        publication.check(card=options.write_model_card)
+        run_job(
+            run_merge, compat.get("layerwise"), config, out, options, group.recipe,
+            publication=publication,
+        )  # fmt: skip
+        return
+    groups = tuple(MergedGroup(g.name, g.base, g.members) for g in found.groups)
+    publication = fusing.publication_of(dataclasses.replace(found.fusion, groups=groups), options)
+    publication.check(card=options.write_model_card)
+    if publication.goes_on(out):
+        publication.push(out)
         return
     fused = merged_groups(found, found.fusion, out, options, run_merge)
-    fusing.fuse(fused, out, options, run_merge)
+    fusing.fuse(fused, out, options, run_merge, publication=publication)
 
 
 def merged_groups(

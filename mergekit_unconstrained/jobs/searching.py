@@ -39,6 +39,8 @@ from mergekit_unconstrained.evaluation.task import Task
 from mergekit_unconstrained.hub import search_report
 from mergekit_unconstrained.hub.facts import DataSet
 from mergekit_unconstrained.hub.pinning import clean
+from mergekit_unconstrained.hub.publication import read as noted
+from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.jobs.weights import apply_adapters, files_hash, run_job
 from mergekit_unconstrained.present import search as display
 from mergekit_unconstrained.present.bars import progress
@@ -203,11 +205,19 @@ def search(
 ) -> None:
     """Run a search, or go on with it, and write OUT."""
     started = time.monotonic()
-    _check_out(out)
+    if "job" not in noted(out):  # a finished one may have to be published yet
+        _check_out(out)
     plan = plan_search(path, options, **changes)
+    parents = (plan.merge.base, *plan.merge.experts)
+    publication = Publication(plan.merge.job, plan.job, parents, quiet=options.quiet)
     display.print_plan(plan)
     if dry_run:
         return
+    publication.check(card=options.write_model_card)
+    if publication.goes_on(out):
+        publication.push(out)
+        return
+    _check_out(out)
     work = work_of(out)
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as note, _keeping(work):
@@ -222,7 +232,7 @@ def search(
         chosen = choose(searcher, studies, kept["development"], progress)
         tested = test(searcher, chosen, kept["test"], progress)
         found = search_report.gather(searcher, studies, chosen, tested)
-        write(plan, searcher, chosen[SEARCHED], found, out, options)
+        write(plan, searcher, chosen[SEARCHED], found, out, options, publication)
     display.print_summary(found, out, time.monotonic() - started)
 
 
@@ -345,6 +355,7 @@ def write(
     found: search_report.Report,
     out: Path,
     options: MergeOptions,
+    publication: Publication,
 ) -> None:
     """OUT: the merged model with its card, the recipe that makes it, and the report."""
     candidate = searcher.spaces.searched.candidate(chosen.values)
@@ -359,13 +370,15 @@ def write(
 
     def finishing(folder: Path) -> None:
         for name, text in texts.items():
-            (folder / name).write_text(clean(text, parents), encoding="utf-8")
+            own = without_keys(Document.parse(text, name)).text or text
+            (folder / name).write_text(clean(own, parents), encoding="utf-8")
         search_report.write(found, folder)
 
     run_job(
         compat.run_merge, plan.merge.method, config, out, options, document,
         finishing=finishing,
         data=[_data(task) for task in plan.tasks],
+        publication=publication,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ check -> plan -> stage in OUT.partial -> run -> card -> rename
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
 from mergekit_unconstrained.hub import record
 from mergekit_unconstrained.hub.facts import DataSet
+from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.resources import cache_dir
 
 RunMerge = Callable[..., Any]
@@ -58,16 +60,26 @@ def run_job(
     *,
     finishing: Callable[[Path], None] = lambda _: None,
     data: Sequence[DataSet] = (),
+    publication: Publication | None = None,
 ) -> None:
-    """Carry out a recipe of a tensor method; OUT appears when it is complete.
+    """Carry out a recipe of a tensor method; OUT appears when it is complete, and is published.
 
     finishing: may add files to the finished folder before it gets its name. data: what the
-    coefficients were chosen on, for the card.
+    coefficients were chosen on, for the card. publication: what is asked for, where the recipe that
+    the user wrote is another one.
     """
     started = time.monotonic()
     plan = make_plan(document, config, method, options)
     if plan.job.dry_run:
         present.print_plan(plan, out)
+        return
+    plan = dataclasses.replace(plan, document=without_keys(plan.document))
+    if publication is None:
+        parents = (plan.base, *plan.experts)
+        publication = Publication(plan.job, _job_hash(plan), parents, quiet=options.quiet)
+        publication.check(card=options.write_model_card)
+    if publication.goes_on(out):
+        publication.push(out)
         return
     staging.check_out(out)
     staging.check_space(out, int(plan.out_bytes * 1.02))
@@ -80,10 +92,12 @@ def run_job(
             record.lay_out(plan, partial, out.name, options)
             finishing(partial)
             record.describe(plan, partial, out.name, digests, seconds, options, data)
+            publication.note(partial)
     finally:
         digests.close()
     if not options.quiet:
         present.print_summary(plan, out, time.monotonic() - started)
+    publication.push(out)
 
 
 def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOptions) -> None:
