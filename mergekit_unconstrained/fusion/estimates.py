@@ -37,6 +37,11 @@ def estimate(plan: FusionPlan) -> Estimate:
     A forward pass costs 2 operations per parameter and token, a training step 6.
     """
     rows, tokens = _data(plan)
+    return costs(plan, rows, tokens)
+
+
+def costs(plan: FusionPlan, rows: int, tokens: int) -> Estimate:
+    """The estimate for data of so many conversations and tokens, whether they are there or not."""
     s = plan.settings
     parameters = {m.name: _parameters(m) for m in plan.members}
     speed = flops_per_second()
