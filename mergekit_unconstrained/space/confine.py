@@ -1,8 +1,8 @@
 """What people type, held inside the Space's folders and inside limits.
 
 Names, recipes and repository names come from anybody. A name is a Hub id or a plain relative path
-below the folder of models; nothing reaches a file through a link, `..` or an absolute path; a recipe
-is small, without aliases (a few of which can stand for gigabytes) and not nested without end.
+below the folder of models; nothing reaches a file through a link, `..` or an absolute path; a
+recipe is small, without aliases (a few of which can stand for gigabytes), not nested without end.
 """
 
 from __future__ import annotations
