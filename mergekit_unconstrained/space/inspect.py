@@ -16,7 +16,7 @@ from mergekit_unconstrained.config.parents import Parent, read_parent
 from mergekit_unconstrained.engine.plan import Plan, make_plan
 from mergekit_unconstrained.errors import ModelError, UnconstrainedError
 from mergekit_unconstrained.hub import licences, record
-from mergekit_unconstrained.numerics.roles import role_from_name
+from mergekit_unconstrained.numerics.roles import LAYER_KINDS, OUTER_KINDS, role_from_name
 from mergekit_unconstrained.space.confine import MAX_MODELS
 from mergekit_unconstrained.space.state import Group, State, Way, kinds_of, recipe_text
 
@@ -289,3 +289,30 @@ def _with_folders(data: Any, folders: Mapping[str, str]) -> Any:
             for key, value in data.items()
         }
     return [_with_folders(v, folders) for v in data] if isinstance(data, list) else data
+
+
+def group_grids(state: State, found: Verdict) -> Grid | None:
+    """The coefficients of all groups that are merged before a fusion, None where none is.
+
+    Groups of different depth share one picture; where one has no layer, its cells are empty.
+    """
+    from mergekit_unconstrained.jobs import mixture
+
+    if not state.weighed:
+        return None
+    _activate.install()
+    document = planned(state, found)
+    data = dict(document.data)
+    data["parameters"] = {**data["parameters"], "dataset": "assumed/data"}
+    document = Document("recipe.yml", data)
+    config = MergeConfiguration.model_validate(data)
+    mixed = mixture.plan(document, config, compat.get("unconstrained"), MergeOptions())
+    grids = [grid(mixture.weight_plan(g, MergeOptions()), found) for g in mixed.groups if g.recipe]
+    if not grids:
+        return None
+    return Grid(
+        layers=max(g.layers for g in grids),
+        kinds=tuple(k for k in LAYER_KINDS if any(k in g.kinds for g in grids)),
+        outer_kinds=tuple(k for k in OUTER_KINDS if any(k in g.outer_kinds for g in grids)),
+        experts={name: cells for g in grids for name, cells in g.experts.items()},
+    )

@@ -33,7 +33,7 @@ TAIL = 64 * 1024
 GRACE = 5.0
 _TOKEN = re.compile(r"hf_(?:oauth_)?[A-Za-z0-9.\-]{20,}")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_PERCENT = re.compile(r"(\d{1,3})%\|")
+_PERCENT = re.compile(r"(?:^|[\r\n])(?!Warmup)[^\r\n%]*?(\d{1,3})%\|")
 
 
 @dataclass(frozen=True)
