@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from mergekit_unconstrained.errors import OutputError, UnconstrainedError
-from mergekit_unconstrained.hub import licences
 from mergekit_unconstrained.space import commands, confine, hub_models, inspect, own_recipe
 from mergekit_unconstrained.space.inspect import Cost, Model, Verdict
 from mergekit_unconstrained.space.runner import Job, Jobs, Progress
@@ -186,23 +187,30 @@ class Desk:
         acknowledged: bool = False,
     ) -> str:
         """Push this person's result with their own rights; gives its address."""
-        from mergekit_unconstrained.hub import push
+        from mergekit_unconstrained.hub import gate, push
 
         job = self._finished(owner)
         name = confine.checked_repository(repository)
-        check_licence(found.licence, private=private, acknowledged=acknowledged)
-        if not token:
-            raise OutputError("sign in first: a push is made with your own rights")
-        if tag and not _NAME.fullmatch(tag):
-            raise OutputError(f"{confine.shown(tag)} is no tag: letters, digits, . _ and -")
-        pushed = push.push(job.out, name, private=private, tag=tag or None, token=token)
+        if not private:
+            gate.refuse(found.licence, acknowledged)
+        pushed = push.push(
+            job.out,
+            name,
+            private=private,
+            tag=tag.strip() or None,
+            checked_licences=acknowledged,
+            api=_api(token),
+            quiet=True,
+        )
         return str(pushed.url)
 
-    def check_access(self, repository: str, token: str | None) -> None:
+    def check_access(self, repository: str, token: str | None, *, private: bool = True) -> None:
         """Whether a push to this repository would be allowed: asked before a merge begins."""
-        from mergekit_unconstrained.hub import push
+        from mergekit_unconstrained.hub import access
 
-        push.check_access(confine.checked_repository(repository), token=token)
+        access.check_access(
+            confine.checked_repository(repository), private=private, api=_api(token)
+        )
 
     def _finished(self, owner: str) -> Job:
         job = self.jobs.of(owner)
@@ -238,15 +246,11 @@ def chosen(
     )
 
 
-def check_licence(verdict: licences.Verdict, *, private: bool, acknowledged: bool) -> None:
-    """OutputError where a result may not be pushed, or not in public before somebody looked."""
-    if verdict.status == "refused":
-        raise OutputError("not pushed: " + " ".join(verdict.reasons))
-    if not private and not verdict.may_be_public and not acknowledged:
-        raise OutputError(
-            f"not pushed in public: the licences need a look ({verdict.status}). Push it "
-            "privately, or confirm that you have checked them"
-        )
+def _api(token: str | None) -> HfApi:
+    """The Hub with a person's own rights; OutputError where they have not signed in."""
+    if not token:
+        raise OutputError("sign in first: a push is made with your own rights")
+    return HfApi(token=token, library_name="mergekit-unconstrained")
 
 
 def checked_result(name: str) -> str:

@@ -237,7 +237,7 @@ def cost_of_merge(made: Plan, seconds: Callable[[Plan], float] | None = None) ->
             f"disk {present.size(made.out_bytes)} for the result, "
             f"{present.size(made.in_bytes)} for the models",
             f"memory about {present.size(present.peak_memory(made))} for weights",
-            f"time about {present.duration(time)} for the arithmetic, on this machine",
+            f"time about {present.duration(max(time, 0.1))} for the arithmetic, on this machine",
         ),
     )
 
