@@ -106,7 +106,7 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
                 )
                 recipe_state = gr.HTML(elem_id="recipe-state")
                 download = gr.Button("Download recipe.yml", size="sm", elem_id="download")
-        picture = gr.HTML(elem_id="heatmap")
+                picture = gr.HTML(elem_id="heatmap")
         own, own_use, own_drop = _own()
 
         _step("4 Merge", "Here where it is small, or with a command anywhere.")
@@ -304,11 +304,12 @@ def _weights() -> _Weights:
         value="task_arithmetic",
         label="Operator",
         info="How the changes of several experts are combined.",
+        interactive=True,
         elem_id="operator",
     )
     with gr.Row():
         strength = gr.Slider(
-            0, 2, 1, step=0.05, label="Lambda", info="Scales what is added to the base."
+            0, 2, 1, step=0.05, label="Lambda", info="Scales all changes.", min_width=180
         )
         dtype = gr.Dropdown(DTYPES, value="bfloat16", label="Stored as", min_width=120)
     dataset = gr.Textbox(
@@ -338,11 +339,15 @@ def _group_sliders(
 
 def _expert_sliders(name: str, kinds: Sequence[str], weight: float) -> list[gr.Slider]:
     def slider(label: str, visible: bool = True) -> gr.Slider:
-        return gr.Slider(-1, 2, weight, step=0.01, label=label, visible=visible, min_width=110)
+        return gr.Slider(
+            -1, 2, weight, step=0.01, label=label, visible=visible, min_width=110, interactive=True
+        )
 
     short = name.rpartition("/")[2]
     with gr.Group(elem_classes="mku-expert"):
-        overall = gr.Slider(-1, 2, weight, step=0.01, label=f"{short}: weight everywhere")
+        overall = gr.Slider(
+            -1, 2, weight, step=0.01, label=f"{short}: weight everywhere", interactive=True
+        )
         density = gr.Slider(
             0.05,
             1,
@@ -350,16 +355,17 @@ def _expert_sliders(name: str, kinds: Sequence[str], weight: float) -> list[gr.S
             step=0.05,
             label=f"{short}: density",
             info="Used by ties, dare, della and breadcrumbs.",
+            interactive=True,
         )
         with gr.Accordion(f"{short}: by depth and kind", open=False):
             rows = []
             for kind in ("attention", "mlp"):
                 with gr.Row():
                     rows += [
-                        slider(f"{kind}, {place}", kind in kinds)
-                        for place in ("first layer", "middle", "last layer")
+                        slider(f"{kind}, {place} ({short})", kind in kinds)
+                        for place in ("first", "middle", "last")
                     ]
-            rest = slider("embeddings, norms, head")
+            rest = slider(f"embeddings, norms, head ({short})")
     fine = [*rows, rest]
     overall.input(
         lambda value: [value] * len(fine),

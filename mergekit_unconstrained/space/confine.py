@@ -91,10 +91,10 @@ def local_models(root: Path) -> list[str]:
 
 def _folders(root: Path) -> list[Path]:
     try:
-        entries = list(os.scandir(root))
+        with os.scandir(root) as entries:
+            return [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)]
     except OSError:
         return []
-    return [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)]
 
 
 def local_model(root: Path, name: str) -> Path | None:
@@ -111,7 +111,7 @@ def local_model(root: Path, name: str) -> Path | None:
 
 def check_files(folder: Path, name: str) -> None:
     """Refuse links, indices that point elsewhere, and weights that are pickles."""
-    for entry in os.scandir(folder):
+    for entry in folder.iterdir():
         if entry.is_symlink():
             raise ModelError(f"{name}: {shown(entry.name)} is a link, which is not followed")
     index = folder / "model.safetensors.index.json"

@@ -165,7 +165,7 @@ def recipe_text(state: State) -> str:
     data["parameters"] = parameters
     if state.way == "layerwise":
         data["dtype"] = state.dtype
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def takes_density(operator: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_unconstrained import _activate, compat
@@ -60,6 +60,7 @@ weights = st.floats(-1, 2).map(lambda x: round(x, 2))
 curves = st.builds(Curve, weights, weights, weights)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     chosen=st.lists(
         st.builds(
@@ -150,6 +151,7 @@ def test_a_fusion_names_its_pivot_its_sources_and_its_data():
     assert "operator" not in data["parameters"]
 
 
+@settings(deadline=None)
 @given(name=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
 def test_whatever_a_name_is_it_stays_a_name(name):
     expert = Expert(name, Curve(0, 1, 0), Curve(1, 1, 1), 1.0)
