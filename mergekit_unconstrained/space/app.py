@@ -14,7 +14,7 @@ import huggingface_hub
 from mergekit_unconstrained.errors import UnconstrainedError
 from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.space import confine, hub_models, views
-from mergekit_unconstrained.space.desk import Desk, Settings, chosen
+from mergekit_unconstrained.space.desk import Desk, Settings, chosen, client
 from mergekit_unconstrained.space.inspect import Verdict
 from mergekit_unconstrained.space.state import State
 
@@ -437,7 +437,7 @@ class _Acts:
             return [None, _layout(layout, None), words, *[gr.skip()] * 6, *self._shown(None, None)]
         fuses = found is not None and found.way != "layerwise"
         need = found is not None and (found.need_base or bool(bases))
-        state = chosen(found, *settings, sliders=()) if found is not None else None
+        state = chosen(found, settings, ()) if found is not None else None
         return [
             found,
             _layout(layout, found),
@@ -455,7 +455,7 @@ class _Acts:
         """A slider or a setting was moved: recipe, picture and cost follow."""
         if found is None or (state is not None and state.own is not None):
             return [gr.skip()] * 7
-        return self._shown(chosen(found, *values[:5], sliders=values[5:]), found)
+        return self._shown(chosen(found, values[:5], values[5:]), found)
 
     def _shown(self, state: State | None, found: Verdict | None) -> list[Any]:
         if state is None or found is None:
@@ -481,7 +481,7 @@ class _Acts:
         """Models of the Hub by name, added to the lists."""
         _, token = self._who(request, profile, oauth)
         try:
-            names = hub_models.search(words, token)
+            names = hub_models.search(words, client(token))
         except UnconstrainedError as error:
             return [views.message(str(error), "bad"), *[gr.skip()] * 3]
         told = f"{len(names)} found; they are in the lists above." if names else "Nothing found."

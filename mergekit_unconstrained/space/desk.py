@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -79,7 +80,9 @@ class Desk:
                 raise OutputError(f"{confine.shown(name)} is no folder in the list of models here")
             # What a token may see is not for everybody: each person has shadows of their own.
             own = hashlib.sha256(owner.encode()).hexdigest()[:16] if token else "public"
-            folder = hub_models.shadow(name, self.settings.work_dir / "shadows" / own, token)
+            folder = hub_models.shadow(
+                name, self.settings.work_dir / "shadows" / own, client(token)
+            )
         return inspect.look(name, folder)
 
     def verdict(
@@ -199,7 +202,7 @@ class Desk:
             private=private,
             tag=tag.strip() or None,
             checked_licences=acknowledged,
-            api=_api(token),
+            api=_signed_in(token),
             quiet=True,
         )
         return str(pushed.url)
@@ -209,7 +212,7 @@ class Desk:
         from mergekit_unconstrained.hub import access
 
         access.check_access(
-            confine.checked_repository(repository), private=private, api=_api(token)
+            confine.checked_repository(repository), private=private, api=_signed_in(token)
         )
 
     def _finished(self, owner: str) -> Job:
@@ -219,16 +222,13 @@ class Desk:
         return job
 
 
-def chosen(
-    found: Verdict,
-    operator: str,
-    strength: float,
-    dtype: str,
-    dataset: str,
-    max_steps: float,
-    sliders: Sequence[float],
-) -> State:
-    """The state that the page's inputs stand for. sliders: SLIDERS numbers for each expert."""
+def chosen(found: Verdict, settings: Sequence[Any], sliders: Sequence[float]) -> State:
+    """The state that the page's inputs stand for.
+
+    settings: operator, lambda, dtype, data set, training steps. sliders: SLIDERS numbers for each
+    expert; the uniform merge where there are none yet.
+    """
+    operator, strength, dtype, dataset, max_steps = settings
     state = start(found.models[0].name, found.way, found.groups)
     experts = {}
     for index, name in enumerate(state.weighed):
@@ -238,19 +238,23 @@ def chosen(
     return replace(
         state,
         experts={**state.experts, **experts},
-        operator=operator,
+        operator=str(operator),
         strength=float(strength),
-        dtype=dtype,
-        dataset=dataset.strip()[: confine.MAX_NAME],
-        max_steps=int(max_steps),
+        dtype=str(dtype),
+        dataset=str(dataset).strip()[: confine.MAX_NAME],
+        max_steps=int(max_steps or 0),
     )
 
 
-def _api(token: str | None) -> HfApi:
-    """The Hub with a person's own rights; OutputError where they have not signed in."""
+def client(token: str | None) -> HfApi:
+    """The Hub with a person's own rights; with nobody's where they have not signed in."""
+    return HfApi(token=token or False, library_name="mergekit-unconstrained")
+
+
+def _signed_in(token: str | None) -> HfApi:
     if not token:
         raise OutputError("sign in first: a push is made with your own rights")
-    return HfApi(token=token, library_name="mergekit-unconstrained")
+    return client(token)
 
 
 def checked_result(name: str) -> str:

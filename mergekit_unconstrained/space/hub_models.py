@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi
 
 from mergekit_unconstrained.errors import ModelError
 from mergekit_unconstrained.space.confine import MAX_NAME, check_index, is_hub_id
@@ -34,13 +35,13 @@ MAX_SHARD = 2**40
 FOUND = 15
 
 
-def search(words: str, token: str | None = None) -> list[str]:
+def search(words: str, api: HfApi) -> list[str]:
     """Text generation models whose name has these words, the most downloaded first."""
     text = words.strip()[:MAX_NAME]
     if not text:
         return []
     try:
-        found = _api(token).list_models(
+        found = api.list_models(
             search=text, pipeline_tag="text-generation", sort="downloads", limit=FOUND
         )
         return [m.id for m in found if is_hub_id(m.id) and len(m.id) <= MAX_NAME]
@@ -48,14 +49,13 @@ def search(words: str, token: str | None = None) -> list[str]:
         raise ModelError(f"the Hub cannot be searched: {_said(error)}") from error
 
 
-def shadow(name: str, into: Path, token: str | None = None) -> Path:
+def shadow(name: str, into: Path, api: HfApi) -> Path:
     """The shadow of a model of the Hub below `into`; fetched once for a commit.
 
-    into: a folder for one person, since what a token may see is not for everybody. Raises
+    into: a folder for one person, since what their token may see is not for everybody. Raises
     ModelError when there is no such model, it has no safetensors, or it may not be seen.
     """
     repo, _, revision = name.partition("@")
-    api = _api(token)
     try:
         info = api.model_info(repo, revision=revision or None, files_metadata=True, timeout=20)
     except Exception as error:
@@ -69,7 +69,7 @@ def shadow(name: str, into: Path, token: str | None = None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        _fill(made, name, repo, info, sizes, token)
+        _fill(made, name, repo, info, sizes, api)
         made.rename(folder)
     except ModelError:
         raise
@@ -93,11 +93,8 @@ def _check_sizes(name: str, sizes: dict[str, int]) -> None:
             raise ModelError(f"{name}: {file} has {sizes[file]:,} bytes, {limit:,} are the limit")
 
 
-def _fill(
-    folder: Path, name: str, repo: str, info: Any, sizes: dict[str, int], token: str | None
-) -> None:
+def _fill(folder: Path, name: str, repo: str, info: Any, sizes: dict[str, int], api: HfApi) -> None:
     """Write the files of a shadow."""
-    api = _api(token)
     with tempfile.TemporaryDirectory() as cache:
         for file in SMALL:
             if file in sizes and (file != INDEX or WEIGHTS not in sizes):
@@ -123,20 +120,13 @@ def _fill(
 
 def write_hollow(path: Path, header: dict[str, Any]) -> None:
     """A safetensors file with a header and nothing behind it but a hole of the right size."""
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
     if not 0 <= end <= MAX_SHARD:
         raise ModelError(f"{path.name}: a file of {end:,} bytes is not believed")
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(8 + len(text) + end)
-
-
-def _api(token: str | None) -> Any:
-    """The Hub with these rights: those of nobody where there is no token."""
-    from huggingface_hub import HfApi
-
-    return HfApi(token=token or False)
 
 
 def _said(error: Exception) -> str:

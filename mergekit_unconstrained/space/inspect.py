@@ -15,7 +15,7 @@ from mergekit_unconstrained.config.grid import Grid, build_grid
 from mergekit_unconstrained.config.parents import Parent, read_parent
 from mergekit_unconstrained.engine.plan import Plan, make_plan
 from mergekit_unconstrained.errors import ModelError, UnconstrainedError
-from mergekit_unconstrained.hub import licences, record
+from mergekit_unconstrained.hub import licences, sources
 from mergekit_unconstrained.numerics.roles import LAYER_KINDS, OUTER_KINDS, role_from_name
 from mergekit_unconstrained.space.confine import MAX_MODELS
 from mergekit_unconstrained.space.state import Group, State, Way, kinds_of, recipe_text
@@ -119,7 +119,7 @@ def look(name: str, folder: Path) -> Model:
         parent = read_parent(reference, trust_remote_code=False)
     except UnconstrainedError as error:
         raise ModelError(str(error).replace(path, name)) from None
-    return Model(name, parent, folder, record.licence(folder))
+    return Model(name, parent, folder, sources.licence(folder))
 
 
 def verdict(base: Model, experts: Sequence[Model], bases: Sequence[Model] = ()) -> Verdict:

@@ -6,36 +6,33 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi
 
 from mergekit_unconstrained.config.parents import read_header
 from mergekit_unconstrained.errors import ModelError
 from mergekit_unconstrained.space import hub_models, inspect
 from mergekit_unconstrained.space.hub_models import shadow, write_hollow
+from tests.hub.conftest import client_for
 from tests.hub_stand_in import HubStandIn
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[HubStandIn]:
     with HubStandIn(tmp_path / "hub") as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        api = huggingface_hub.HfApi
-        made = api.__init__
-
-        def pointed(self, endpoint=None, **others):
-            made(self, endpoint=endpoint or served.url, **others)
-
-        monkeypatch.setattr(api, "__init__", pointed)
+        client_for(monkeypatch, served, tmp_path / "home")
         yield served
 
 
-def test_a_shadow_says_what_the_model_says_and_holds_no_weight(hub, models_dir, tmp_path):
+@pytest.fixture
+def nobody(hub) -> HfApi:
+    """The Hub as it is seen without a token."""
+    return HfApi(endpoint=hub.url, token=False)
+
+
+def test_a_shadow_says_what_the_model_says_and_holds_no_weight(hub, nobody, models_dir, tmp_path):
     hub.put_folder("acme/one", models_dir / "llama/expert2")
-    folder = shadow("acme/one", tmp_path / "shadows")
+    folder = shadow("acme/one", tmp_path / "shadows", nobody)
     real = models_dir / "llama/expert2"
     size = (real / "model.safetensors").stat().st_size
     hollow = folder / "model.safetensors"
@@ -49,17 +46,17 @@ def test_a_shadow_says_what_the_model_says_and_holds_no_weight(hub, models_dir, 
     assert (folder / "tokenizer.json").read_bytes() == (real / "tokenizer.json").read_bytes()
 
 
-def test_it_is_fetched_once_for_a_commit(hub, models_dir, tmp_path):
+def test_it_is_fetched_once_for_a_commit(hub, nobody, models_dir, tmp_path):
     hub.put_folder("acme/one", models_dir / "llama/base")
-    first = shadow("acme/one", tmp_path)
+    first = shadow("acme/one", tmp_path, nobody)
     before = len(hub.requests)
-    assert shadow("acme/one", tmp_path) == first
+    assert shadow("acme/one", tmp_path, nobody) == first
     assert len(hub.requests) == before + 1  # which commit is it?
 
 
-def test_models_of_the_hub_and_folders_make_one_verdict(hub, models_dir, tmp_path):
+def test_models_of_the_hub_and_folders_make_one_verdict(hub, nobody, models_dir, tmp_path):
     hub.put_folder("acme/base", models_dir / "llama/base")
-    base = inspect.look("acme/base", shadow("acme/base", tmp_path))
+    base = inspect.look("acme/base", shadow("acme/base", tmp_path, nobody))
     expert = inspect.look("llama/expert1", models_dir / "llama/expert1")
     found = inspect.verdict(base, [expert])
     assert found.way == "layerwise"
@@ -69,31 +66,31 @@ def test_models_of_the_hub_and_folders_make_one_verdict(hub, models_dir, tmp_pat
     assert plan.out_bytes == 180_800 * 2
 
 
-def test_pickles_missing_models_and_private_ones_are_refused(hub, models_dir, tmp_path):
+def test_pickles_missing_models_and_private_ones_are_refused(hub, nobody, models_dir, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(models_dir / "llama/base", old)
     (old / "model.safetensors").rename(old / "pytorch_model.bin")
     hub.put_folder("acme/old", old)
     with pytest.raises(ModelError, match=r"no safetensors.*run code"):
-        shadow("acme/old", tmp_path / "s")
+        shadow("acme/old", tmp_path / "s", nobody)
     with pytest.raises(ModelError, match="acme/nowhere cannot be looked at"):
-        shadow("acme/nowhere", tmp_path / "s")
+        shadow("acme/nowhere", tmp_path / "s", nobody)
     hub.put_folder("alice/secret", models_dir / "llama/base")
     hub.repo("alice/secret").private = True
     with pytest.raises(ModelError, match="cannot be looked at"):
-        shadow("alice/secret", tmp_path / "s")
-    assert shadow("alice/secret", tmp_path / "s", hub.token).is_dir()
+        shadow("alice/secret", tmp_path / "s", nobody)
+    assert shadow("alice/secret", tmp_path / "s", HfApi(endpoint=hub.url, token=hub.token)).is_dir()
     assert not list((tmp_path / "s").rglob(".making-*"))
 
 
-def test_names_are_found_on_the_hub(hub, models_dir):
+def test_names_are_found_on_the_hub(hub, nobody, models_dir):
     for name in ("acme/llama-math", "acme/llama-code", "acme/other"):
         hub.put_folder(name, models_dir / "llama/base")
-    assert sorted(hub_models.search("llama")) == ["acme/llama-code", "acme/llama-math"]
-    assert hub_models.search("  ") == []
+    assert sorted(hub_models.search("llama", nobody)) == ["acme/llama-code", "acme/llama-math"]
+    assert hub_models.search("  ", nobody) == []
     hub.fail("search", 503, times=99)
     with pytest.raises(ModelError, match="cannot be searched"):
-        hub_models.search("llama")
+        hub_models.search("llama", nobody)
 
 
 def test_a_header_that_promises_too_much_is_not_believed(tmp_path):
