@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def planned(state: State, found: Verdict, name: str = "recipe.yml") -> Document:
     if state.own is None:
         return Document.parse(recipe_text(state.renamed(found.folders)), name)
     document = Document.parse(state.own, name)
-    return Document(name, _with_folders(document.data, found.folders))
+    return replace(document, data=_with_folders(document.data, found.folders))
 
 
 def plan(state: State, found: Verdict) -> Plan:
