@@ -236,6 +236,7 @@ STYLE = """
   contain: inline-size; }
 .mku-expert { border: 1px solid var(--border-color-primary) !important; }
 .mku-scroll img { min-width: 480px; max-width: min(100%, 760px); height: auto; display: block; }
+.mku-code { contain: inline-size; }
 #card { contain: inline-size; overflow-wrap: anywhere; }
 #card pre, #card table { overflow-x: auto; max-width: 100%; }
 #card table { display: block; }

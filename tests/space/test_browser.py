@@ -164,9 +164,12 @@ def test_from_two_parents_to_a_private_repository(open_page, served, width):
     picture(page, f"{width}-1-empty")
     choose(page, "llama/base", "llama/expert1", "llama/expert2")
     page.wait_for_selector("#verdict >> text=merged layer by layer")
+    until(page, lambda: len(recipe(page).get("models", ())) == 2, "one expert is missing")
     assert "not legal advice" in page.inner_text("#verdict")
     page.wait_for_selector("#recipe-state >> text=Checked")
     assert [m["parameters"]["weight"] for m in recipe(page)["models"]] == [0.5, 0.5]
+
+    page.wait_for_selector('[aria-label="range slider for expert2: weight everywhere"]')
 
     # By keyboard alone: open the sliders, move one.
     opener = page.get_by_role("button", name="expert1: by depth and kind")
