@@ -125,9 +125,10 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
         with gr.Accordion("Log", open=False):
             log = gr.Textbox(label="What the merge prints", lines=8, max_lines=16, elem_id="log")
         with gr.Accordion("Commands for big ones", open=False):
-            terminal = gr.Code(label="On a machine of yours", language="shell", lines=3, elem_classes="mku-code")
-            remote = gr.Code(label="On a machine of the Hub’s", language="shell", lines=1, elem_classes="mku-code")
-            script = gr.Code(label="merge_job.py", language="python", lines=6, max_lines=12, elem_classes="mku-code")
+            code = {"elem_classes": "mku-code"}
+            terminal = gr.Code(label="On a machine of yours", language="shell", lines=3, **code)
+            remote = gr.Code(label="On a machine of the Hub’s", language="shell", lines=1, **code)
+            script = gr.Code(label="merge_job.py", language="python", lines=6, max_lines=12, **code)
             save = gr.Button("Download merge_job.py", size="sm")
 
         _step("5 Card and push", "What the model says of itself, then your repository.")
@@ -275,12 +276,6 @@ def _head(desk: Desk, token: Callable[[], str | None]) -> None:
     if not desk.settings.hosted and not token():
         words = "No token on this machine, so nothing can be pushed: run “hf auth login”."
         gr.HTML(views.message(words))
-        elif not token():
-            gr.HTML(
-                views.message(
-                    "No token on this machine, so nothing can be pushed: run “hf auth login”."
-                )
-            )
 
 
 def _step(title: str, words: str) -> None:
