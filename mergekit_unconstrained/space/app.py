@@ -133,7 +133,9 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
 
         _step("5 Card and push", "What the model says of itself, then your repository.")
         with gr.Accordion("Card", open=True, visible=False) as card_box:
-            card = gr.Markdown(sanitize_html=True, latex_delimiters=[], elem_id="card")
+            card = gr.Markdown(
+                sanitize_html=True, latex_delimiters=[], max_height=640, elem_id="card"
+            )
         with gr.Row():
             repository = gr.Textbox(
                 label="Repository",

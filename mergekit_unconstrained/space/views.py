@@ -240,6 +240,7 @@ STYLE = """
 #card { contain: inline-size; overflow-wrap: anywhere; }
 #card pre, #card table { overflow-x: auto; max-width: 100%; }
 #card table { display: block; }
+#card td, #card th { min-width: 4.5rem; overflow-wrap: normal; }
 .mku-row { align-items: flex-end; }
 .mku-row button { min-height: 2.9rem; }
 .block:has(> .html-container > .prose:empty), .block:has(> .prose:empty) { display: none; }
