@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +129,12 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
         with gr.Accordion("Commands for big ones", open=False):
             code = {"elem_classes": "mku-code"}
             terminal = gr.Code(label="On a machine of yours", language="shell", lines=3, **code)
-            remote = gr.Code(label="On a machine of the Hub’s", language="shell", lines=1, **code)
+            remote = gr.Code(
+                label="On a machine of the Hub’s, with models of the Hub",
+                language="shell",
+                lines=1,
+                **code,
+            )
             script = gr.Code(label="merge_job.py", language="python", lines=6, max_lines=12, **code)
             save = gr.Button("Download merge_job.py", size="sm")
 
@@ -140,7 +147,7 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
             repository = gr.Textbox(
                 label="Repository",
                 placeholder="owner/name",
-                info="Filled in before the merge, your right to push is checked first.",
+                info="Named before the merge, it is made private then, and your right to push is checked.",
                 max_length=confine.MAX_NAME,
                 min_width=290,
                 elem_id="repository",
@@ -214,6 +221,7 @@ def serve(settings: Settings, port: int | None = None, open_browser: bool = Fals
     """Serve the page until Ctrl-C; on the Hub for everybody, elsewhere for this machine alone."""
     desk = Desk(settings)
     page = build(desk)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that jobs end with the page
     try:
         page.queue(default_concurrency_limit=4, max_size=64).launch(
             server_name="0.0.0.0" if settings.hosted else "127.0.0.1",
@@ -258,6 +266,10 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover="#115e59",
         button_primary_background_fill_hover_dark="#115e59",
         button_primary_text_color="#ffffff",
+        checkbox_border_color="#64748b",
+        checkbox_border_width="1px",
+        input_border_color="#94a3b8",
+        input_border_width="1px",
         slider_color="#0f766e",
         slider_color_dark="#2dd4bf",
     )
@@ -344,29 +356,28 @@ def _expert_sliders(name: str, kinds: Sequence[str], weight: float) -> list[gr.S
             -1, 2, weight, step=0.01, label=label, visible=visible, min_width=110, interactive=True
         )
 
-    short = name.rpartition("/")[2]
     with gr.Group(elem_classes="mku-expert"):
         overall = gr.Slider(
-            -1, 2, weight, step=0.01, label=f"{short}: weight everywhere", interactive=True
+            -1, 2, weight, step=0.01, label=f"{name}: weight everywhere", interactive=True
         )
         density = gr.Slider(
             0.05,
             1,
             1,
             step=0.05,
-            label=f"{short}: density",
+            label=f"{name}: density",
             info="Used by ties, dare, della and breadcrumbs.",
             interactive=True,
         )
-        with gr.Accordion(f"{short}: by depth and kind", open=False):
+        with gr.Accordion(f"{name}: by depth and kind", open=False):
             rows = []
             for kind in ("attention", "mlp"):
                 with gr.Row():
                     rows += [
-                        slider(f"{kind}, {place} ({short})", kind in kinds)
+                        slider(f"{kind}, {place} ({name})", kind in kinds)
                         for place in ("first", "middle", "last")
                     ]
-            rest = slider(f"embeddings, norms, head ({short})")
+            rest = slider(f"embeddings, norms, head ({name})")
     fine = [*rows, rest]
     overall.input(
         lambda value: [value] * len(fine),

@@ -270,7 +270,7 @@ def cost_of_fusion(state: State, found: Verdict) -> Cost:
     return Cost(
         total + cost.disk,
         (
-            f"for {ASSUMED_ROWS:,} conversations of {ASSUMED_TOKENS} tokens (assumed; `plan` in a "
+            f"for {ASSUMED_ROWS:,} conversations of {ASSUMED_TOKENS} tokens (assumed; “plan” in a "
             "terminal reads your data):",
             f"disk {present.size(cost.disk)}, {present.size(total)} for the models",
             f"memory about {present.size(cost.memory)} in training",

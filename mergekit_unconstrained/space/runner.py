@@ -31,6 +31,7 @@ KEPT = (
 """What a job's process sees of our environment."""
 TAIL = 64 * 1024
 GRACE = 5.0
+LEFT_BEHIND = 24 * 3600.0
 _TOKEN = re.compile(r"hf_(?:oauth_)?[A-Za-z0-9.\-]{20,}")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PERCENT = re.compile(r"(?:^|[\r\n])(?!Warmup)[^\r\n%]*?(\d{1,3})%\|")
@@ -124,6 +125,9 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("job-*"):  # by a page that was killed
+            if time.time() - left.stat().st_mtime > LEFT_BEHIND:
+                shutil.rmtree(left, ignore_errors=True)
 
     def start(
         self, owner: str, recipe: str, name: str, models: Path, token: str | None = None

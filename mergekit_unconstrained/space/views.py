@@ -22,9 +22,9 @@ MEANING = {
     "layerwise": "One architecture, equal shapes: weights are averaged tensor by tensor. Minutes, "
     "no GPU.",
     "fusion": "Different architectures: the pivot is fine-tuned towards the others’ token "
-    "distributions, on instruction data. Hours, with a GPU.",
+    "distributions, on instruction data. That is training: best on a GPU.",
     "mixture": "Models of one architecture are merged first, then fused into the pivot’s group. "
-    "Hours, with a GPU.",
+    "That is training: best on a GPU.",
 }
 STATUS = {
     "clear": ("ok", "Licence: clear"),
@@ -169,9 +169,9 @@ def _groups(found: Verdict) -> str:
 def _models(found: Verdict) -> str:
     head = ("role", "model", "architecture", "layers", "parameters", "stored as", "licence")
     rows = []
-    bases = {g.base for g in found.groups[1:]}
+    own, bases = found.groups[0].experts, {g.base for g in found.groups[1:]}
     for index, model in enumerate(found.models):
-        role = "expert"
+        role = "expert" if found.way == "layerwise" or model.name in own else "source"
         if index == 0:
             role = "base" if found.groups[0].merged else "pivot"
         elif model.name in bases:
@@ -241,6 +241,7 @@ STYLE = """
 #card pre, #card table { overflow-x: auto; max-width: 100%; }
 #card table { display: block; }
 #card td, #card th { min-width: 4.5rem; overflow-wrap: normal; }
+#card th { white-space: nowrap; }
 .mku-row { align-items: flex-end; }
 .mku-row button { min-height: 2.9rem; }
 .block:has(> .html-container > .prose:empty), .block:has(> .prose:empty) { display: none; }

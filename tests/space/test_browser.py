@@ -169,13 +169,13 @@ def test_from_two_parents_to_a_private_repository(open_page, served, width):
     page.wait_for_selector("#recipe-state >> text=Checked")
     assert [m["parameters"]["weight"] for m in recipe(page)["models"]] == [0.5, 0.5]
 
-    page.wait_for_selector('[aria-label="range slider for expert2: weight everywhere"]')
+    page.wait_for_selector('[aria-label="range slider for llama/expert2: weight everywhere"]')
 
     # By keyboard alone: open the sliders, move one.
     opener = page.get_by_role("button", name="expert1: by depth and kind")
     opener.focus()
     page.keyboard.press("Enter")
-    slider = page.get_by_label("range slider for attention, last (expert1)")
+    slider = page.get_by_label("range slider for attention, last (llama/expert1)")
     slider.focus()
     for _ in range(20):
         page.keyboard.press("ArrowRight")
@@ -328,6 +328,7 @@ def test_files_of_the_machine_are_not_served(open_page, served, models_dir):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"{served.url}{way}{path}", timeout=30)
             assert refused.value.code in (403, 404)
+            refused.value.close()
 
 
 def test_the_page_is_for_this_machine_alone_and_tells_no_secret(served):
