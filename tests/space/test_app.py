@@ -59,6 +59,7 @@ def built(tmp_path: Path, **environment: str) -> tuple[dict[str, Any], bool]:
     return config, "TOKEN ASKED FOR" in done.stderr
 
 
+@pytest.mark.slow
 @with_gradio
 def test_the_page_is_built_and_nothing_of_it_can_be_called_by_name(tmp_path, models_dir):
     (tmp_path / "work").mkdir()
