@@ -12,6 +12,7 @@ from mergekit_unconstrained.cli_card import card, reproduce, verify
 from mergekit_unconstrained.cli_evaluation import evaluate, select
 from mergekit_unconstrained.cli_hub import push
 from mergekit_unconstrained.cli_search import search
+from mergekit_unconstrained.cli_space import space
 
 MERGEKIT_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """For commands that pass mergekit-yaml's own options on to mergekit."""
@@ -85,6 +86,7 @@ main.add_command(card)
 main.add_command(verify)
 main.add_command(reproduce)
 main.add_command(push)
+main.add_command(space)
 
 
 @main.command()

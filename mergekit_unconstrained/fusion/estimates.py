@@ -38,7 +38,15 @@ def estimate(plan: FusionPlan) -> Estimate:
 
     A forward pass costs 2 operations per parameter and token, a training step 6.
     """
-    rows, tokens, text = _data(plan)
+    return costs(plan, *_data(plan))
+
+
+def costs(plan: FusionPlan, rows: int, tokens: int, text: int | None = None) -> Estimate:
+    """The estimate for data of so many conversations and tokens, whether they are there or not.
+
+    text: bytes of the conversations; None: as many as the tokens usually stand for.
+    """
+    text = int(tokens * BYTES_PER_TOKEN) if text is None else text
     s = plan.settings
     parameters = {m.name: _parameters(m) for m in plan.members}
     speed = flops_per_second()

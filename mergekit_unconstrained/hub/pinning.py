@@ -116,6 +116,8 @@ def pinned_recipe(
     text = document.text
     for (start, end), value in sorted(spans.items(), reverse=True):
         if text[start:end].strip("'\"") != value:
+            # A block of text (|) reaches over the end of its last line, which has to stay.
+            end = start + len(text[start:end].rstrip("\n"))
             text = text[:start] + json.dumps(value, ensure_ascii=False) + text[end:]
     return clean(text, parents)
 
