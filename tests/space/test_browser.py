@@ -140,6 +140,14 @@ def recipe(page: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def last_attention(page: Any) -> float | None:
+    """The weight of llama/expert1 in the attention of the last layer, where a table says it."""
+    text = recipe(page).get("parameters", {}).get("coefficients")
+    table = yaml.safe_load(text) if text else {}
+    layers = table.get("experts", {}).get("llama/expert1", {}).get("layers", {})
+    return layers[3]["attention"] if 3 in layers else None
+
+
 def until(page: Any, ready: Callable[[], bool], what: str) -> None:
     for _ in range(SLOW // 250):
         if ready():
@@ -179,10 +187,7 @@ def test_from_two_parents_to_a_private_repository(open_page, served, width):
     slider.focus()
     for _ in range(20):
         page.keyboard.press("ArrowRight")
-    until(page, lambda: "coefficients" in recipe(page).get("parameters", {}), "no table")
-    page.wait_for_timeout(1500)
-    table = yaml.safe_load(recipe(page)["parameters"]["coefficients"])
-    assert table["experts"]["llama/expert1"]["layers"][3]["attention"] == pytest.approx(0.7)
+    until(page, lambda: last_attention(page) == pytest.approx(0.7), "the recipe did not follow")
     assert page.locator("#heatmap img").get_attribute("alt").startswith("Weight of every expert")
     picture(page, f"{width}-2-weights")
 
