@@ -154,15 +154,9 @@ class LiveMerge:
         NonFiniteError when the result holds NaN or infinity.
         """
         computed = 0
-        tasks = None if self._layerwise else self._tasks_of(candidate)
-        statistics = None if tasks is None else self._statistics(candidate, tasks)
-        context = MergeContext(
-            self.plan.roles, self.plan.job.allow_nan, self._out_dtype, statistics=statistics
-        )
-        work = self._layerwise_work(candidate) if tasks is None else self._planned_work(tasks)
+        context, work = self._work(candidate)
         with using(context):
-            for one, settings, compute in work:
-                key = (settings, repr(statistics))
+            for one, key, compute in work:
                 if self._written.get(one.planned.name) == key:
                     continue
                 self._written.pop(one.planned.name, None)
@@ -182,17 +176,20 @@ class LiveMerge:
     @torch.no_grad()
     def differ(self, one: Candidate, other: Candidate) -> bool:
         """Whether two candidates are different models; the live one stays as it is."""
-        with using(MergeContext(self.plan.roles, True, self._out_dtype)):
-            pairs = list(zip(self._work(one), self._work(other), strict=True))
-            # Smallest first: the answer is mostly had from the first tensor that is computed.
-            pairs.sort(key=lambda pair: pair[0][0].target.numel())
-            for (held, key, compute), (_, changed, again) in pairs:
-                if key == changed:
-                    continue
-                parents = held.parents or self._cast(self._read(held.planned))
-                before, after = compute(parents), again(parents)
-                if before is None or after is None or not torch.equal(before, after):
-                    return True
+        (context, work), (other_context, other_work) = self._work(one), self._work(other)
+        pairs = list(zip(work, other_work, strict=True))
+        # Smallest first: the answer is mostly had from the first tensor that is computed.
+        pairs.sort(key=lambda pair: pair[0][0].target.numel())
+        for (held, key, compute), (_, changed, again) in pairs:
+            if key == changed:
+                continue
+            parents = held.parents or self._cast(self._read(held.planned))
+            with using(dataclasses.replace(context, allow_nan=True)):
+                before = compute(parents)
+            with using(dataclasses.replace(other_context, allow_nan=True)):
+                after = again(parents)
+            if before is None or after is None or not torch.equal(before, after):
+                return True
         return False
 
     @torch.no_grad()
@@ -212,17 +209,26 @@ class LiveMerge:
         with torch.no_grad():
             target.copy_(result if self._out_dtype is None else result.to(self._out_dtype))
 
-    def _tasks_of(self, candidate: Candidate) -> dict[str, PlannedTask]:
-        recipe = yaml.safe_load(candidate.in_one())
-        return {t.output.name: t for t in self._planner(MergeConfiguration.model_validate(recipe))}
+    def _work(
+        self, candidate: Candidate
+    ) -> tuple[MergeContext, Iterator[tuple[Held, object, Compute]]]:
+        """Every tensor with what its result depends on, and how it is computed, in what context."""
+        context = MergeContext(self.plan.roles, self.plan.job.allow_nan, self._out_dtype)
+        if self._layerwise:
+            return context, self._layerwise_work(candidate)
+        recipe = MergeConfiguration.model_validate(yaml.safe_load(candidate.in_one()))
+        tasks = {t.output.name: t for t in self._planner(recipe)}
+        statistics = self._statistics(candidate, tasks)
+        work = self._planned_work(tasks, repr(statistics))
+        return dataclasses.replace(context, statistics=statistics), work
 
     def _planned_work(
-        self, tasks: Mapping[str, PlannedTask]
+        self, tasks: Mapping[str, PlannedTask], statistics: str
     ) -> Iterator[tuple[Held, object, Compute]]:
-        """Every tensor with what its result depends on, and how it is computed."""
         for one in self.held:
             task = tasks[one.planned.name]
-            yield one, repr((task.parameters, task.input_parameters)), task.execute
+            key = (repr((task.parameters, task.input_parameters)), statistics)
+            yield one, key, task.execute
 
     def _statistics(
         self, candidate: Candidate, tasks: Mapping[str, PlannedTask]
