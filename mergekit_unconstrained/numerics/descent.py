@@ -73,7 +73,9 @@ def adam(
         loss, x.grad = objective(x)
         if first is None:
             first = loss
-        elif step == max(1, steps // 10) and loss > (1 - ROUNDING) * first and bool(x.grad.any()):
+            if not bool(x.grad.any()):
+                break  # Adam stays where there is no slope
+        elif step == max(1, steps // 10) and loss > (1 - ROUNDING) * first:
             rose = loss > (1 + ROUNDING) * first
             log.warning(
                 "%s: the loss has not fallen, from %.6g to %.6g after %d steps: choose a "
