@@ -23,6 +23,9 @@ class CatalogEntry:
     summary: str
     paper: str
     url: str
+    needs: str = (
+        ""  # "module:function" of what it wants to know of whole models (engine/prepass.py)
+    )
 
 
 CATALOG: dict[str, CatalogEntry] = {

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from mergekit_unconstrained.compat import ModelArchitecture, TensorGroup, TensorMetadata, WeightInfo
-from mergekit_unconstrained.errors import NonFiniteError
+from mergekit_unconstrained.errors import NonFiniteError, RecipeError
+from mergekit_unconstrained.numerics.quantiles import Summary
 from mergekit_unconstrained.numerics.roles import Role, role_from_name
 
 
@@ -24,12 +25,14 @@ class MergeContext:
 
     roles: output tensor name -> role; empty outside a job, where names are read by convention.
     allow_nan: whether NaN and infinity are let through. out_dtype: what mergekit will cast results
-    to after the kernel, None for no cast.
+    to after the kernel, None for no cast. statistics: what the pre-pass found (engine/prepass.py):
+    name of a measure -> label -> numbers; None where there was none.
     """
 
     roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
     allow_nan: bool = False
     out_dtype: torch.dtype | None = None
+    statistics: Mapping[str, Mapping[str, Summary]] | None = None
 
 
 _context = MergeContext()
@@ -50,6 +53,20 @@ def role_of(metadata: TensorMetadata) -> Role:
     """The role of the tensor a kernel is asked for."""
     name = metadata.name or ""
     return _context.roles.get(name) or role_from_name(name, metadata.vocabulary_axis)
+
+
+def measured(name: str) -> Mapping[str, Summary]:
+    """What the pre-pass found for one of the method's measures: label -> numbers.
+
+    RecipeError where a kernel is called without a job, and has seen one tensor only.
+    """
+    if _context.statistics is None:
+        raise RecipeError(
+            "`scope: model` needs the numbers of the whole model, which are taken before a merge: "
+            "run the recipe with mergekit-yaml, mergekit-multi or mergekit-unconstrained yaml, or "
+            "set `scope: tensor`"
+        )
+    return _context.statistics[name]
 
 
 def tensor_roles(architecture: ModelArchitecture, config: Any) -> dict[str, Role]:

@@ -24,6 +24,7 @@ from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
 from mergekit_unconstrained.hub import record
+from mergekit_unconstrained.jobs import whole_model
 from mergekit_unconstrained.resources import cache_dir
 
 RunMerge = Callable[..., Any]
@@ -39,6 +40,7 @@ def estimate_seconds(plan: Plan) -> float:
     parameters = {k: v for k, v in plan.shared.items() if v != VARIES} | {"coefficients": ""}
     parameters["weight"] = [c.weight if c and c.weight is not None else 1.0 for c in cells]
     parameters["density"] = [c.density if c and c.density is not None else 1.0 for c in cells]
+    parameters["scope"] = "tensor"
     known = {p.name for p in plan.method.spec.parameters}
     started = time.perf_counter()
     plan.method((group,), parameters={k: v for k, v in parameters.items() if k in known})
@@ -93,7 +95,8 @@ def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOpti
         }
     )
     out_dtype = compat.dtype_from_name(plan.config.out_dtype)
-    with using(MergeContext(plan.roles, plan.job.allow_nan, out_dtype)):
+    statistics = whole_model.statistics(plan, run_options)
+    with using(MergeContext(plan.roles, plan.job.allow_nan, out_dtype, statistics=statistics)):
         run_merge(plan.config.model_copy(deep=True), str(folder), run_options, None)
 
 
