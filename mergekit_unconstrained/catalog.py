@@ -42,6 +42,7 @@ CATALOG: dict[str, CatalogEntry] = {
             paper="Unconstrained Model Merging for Enhanced LLM Reasoning, section on "
             "fine-grained layer-wise merging (arXiv 2410.13699)",
             url="https://arxiv.org/abs/2410.13699",
+            needs="mergekit_unconstrained.methods.layerwise:needs",
         ),
         CatalogEntry(
             name="distribution_fusion",

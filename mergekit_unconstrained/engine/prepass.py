@@ -91,6 +91,14 @@ Needs = Callable[[Sequence[PlannedTensor]], tuple[Measure, ...]]
 """What a method wants to know of the whole model, () for nothing."""
 
 
+def of_model(tensors: Sequence[PlannedTensor]) -> bool:
+    """Whether a recipe says `scope: model`; RecipeError where it says so of a part only."""
+    scopes = {t.parameters["scope"] for t in tensors}
+    if len(scopes) > 1:
+        raise RecipeError("`scope` must be one for the whole merge, without `filter`")
+    return scopes == {"model"}
+
+
 def measure(
     measures: Sequence[Measure],
     tensors: Sequence[PlannedTensor],

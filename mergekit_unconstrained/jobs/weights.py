@@ -67,6 +67,7 @@ def run_job(
     """
     started = time.monotonic()
     plan = make_plan(document, config, method, options)
+    whole_model.measures_of(plan)
     if plan.job.dry_run:
         present.print_plan(plan, out)
         return

@@ -26,24 +26,28 @@ def needs_of(method: str) -> prepass.Needs | None:
     return needs
 
 
-def statistics(plan: Plan, options: MergeOptions) -> prepass.Statistics | None:
-    """What the method of a plan wants to know of its parents, which may take two passes over them.
-
-    None where it asks for nothing. Adapters must have been applied into options.lora_merge_cache.
-    """
+def measures_of(plan: Plan) -> tuple[prepass.Measure, ...]:
+    """What the method of a plan wants to know; RecipeError where that cannot be found out."""
     needs = needs_of(plan.method.spec.name)
-    if needs is None:
-        return None
-    measures = prepass.widened(needs(plan.tensors), widest(plan))
-    if not measures:
-        return None
-    if plan.config.tokenizer or plan.config.tokenizer_source:
+    measures = needs(plan.tensors) if needs is not None else ()
+    if measures and (plan.config.tokenizer or plan.config.tokenizer_source):
         place = ("tokenizer",) if plan.config.tokenizer else ("tokenizer_source",)
         raise RecipeError(
             f"{plan.document.where(place)}: vocabularies are brought together tensor by tensor, "
             "and `scope: model` looks at the parents as they are: give the parents one tokenizer "
             "first, or set `scope: tensor`"
         )
+    return prepass.widened(measures, widest(plan))
+
+
+def statistics(plan: Plan, options: MergeOptions) -> prepass.Statistics | None:
+    """What a plan's method wants to know of its parents, which may take two passes over them.
+
+    None where it asks for nothing. Adapters must have been applied into options.lora_merge_cache.
+    """
+    measures = measures_of(plan)
+    if not measures:
+        return None
     base = plan.base.name
 
     def take() -> prepass.Statistics:

@@ -78,7 +78,10 @@ class Operator:
 OPERATORS: dict[OperatorName, Operator] = {
     "task_arithmetic": Operator(),
     "ties": Operator(
-        "magnitude", combine="elect", normalize=True, parameters=frozenset({"density", "rescale"})
+        "magnitude",
+        combine="elect",
+        normalize=True,
+        parameters=frozenset({"density", "rescale", "scope"}),
     ),
     "dare_linear": Operator(
         "random", rescale="l1", parameters=frozenset({"density", "rescale", "seed"})
@@ -89,7 +92,9 @@ OPERATORS: dict[OperatorName, Operator] = {
         rescale="l1",
         parameters=frozenset({"density", "rescale", "seed"}),
     ),
-    "breadcrumbs": Operator("outliers", parameters=frozenset({"density", "rescale", "gamma"})),
+    "breadcrumbs": Operator(
+        "outliers", parameters=frozenset({"density", "rescale", "gamma", "scope"})
+    ),
     "della": Operator(
         "magprune",
         combine="elect",
@@ -264,6 +269,26 @@ def keep(base: torch.Tensor, expert: Expert, settings: Settings, dtype: torch.dt
         )
     mask = mask.to(base.device)
     return Kept(mask.reshape(-1), sparsify.rescale_factor(size, mask, rescale, expert.density))
+
+
+def keep_between(
+    base: torch.Tensor, expert: Expert, settings: Settings, bounds: tuple[float, float] | None
+) -> Kept:
+    """Which entries are kept where low <= |d_i| <= high are, None: no entry."""
+    operator = OPERATORS[settings.operator]
+    rescale = operator.rescale if settings.rescale is None else settings.rescale
+    size = magnitudes(base, expert.tensor, torch.promote_types(base.dtype, settings.dtype))
+    low, high = bounds or (1.0, 0.0)
+    mask = size.ge(low).logical_and_(size.le(high))
+    factor = sparsify.rescale_factor(size, mask, rescale, expert.density)
+    return Kept(mask.reshape(-1), factor)
+
+
+def kept_ranks(operator: OperatorName, n: int, density: float, gamma: float) -> tuple[int, int]:
+    """What `ties` and `breadcrumbs` keep of n entries by rank: first <= r < end, 0 the smallest."""
+    if OPERATORS[operator].keep == "outliers":
+        return sparsify.kept_span(n, density, gamma) if density < 1 else (0, n)
+    return n - sparsify.kept_count(n, density), n
 
 
 def magnitudes(base: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
