@@ -26,6 +26,8 @@ class CatalogEntry:
     needs: str = (
         ""  # "module:function" of what it wants to know of whole models (engine/prepass.py)
     )
+    relation: str = "mergekit has no such method"  # to mergekit's variant of the idea
+    cost: Literal["entries", "matrices"] = "entries"  # grows with m n, or m n min(m, n)
 
 
 CATALOG: dict[str, CatalogEntry] = {
@@ -43,6 +45,7 @@ CATALOG: dict[str, CatalogEntry] = {
             "fine-grained layer-wise merging (arXiv 2410.13699)",
             url="https://arxiv.org/abs/2410.13699",
             needs="mergekit_unconstrained.methods.layerwise:needs",
+            relation="eight of its operators with one weight for everything are mergekit's methods",
         ),
         CatalogEntry(
             name="distribution_fusion",
@@ -66,6 +69,98 @@ CATALOG: dict[str, CatalogEntry] = {
             ),
             paper="Unconstrained Model Merging for Enhanced LLM Reasoning (arXiv 2410.13699)",
             url="https://arxiv.org/abs/2410.13699",
+        ),
+        CatalogEntry(
+            name="consensus",
+            target="mergekit_unconstrained.methods.consensus:consensus",
+            level="tensor",
+            summary=(
+                "adds up the task vectors and keeps the entries that matter to several experts"
+            ),
+            paper=(
+                "Localizing Task Information for Improved Model Merging and Compression "
+                "(arXiv 2405.07813)"
+            ),
+            url="https://arxiv.org/abs/2405.07813",
+            relation=("mergekit's consensus is by sign (ties, sce), never by who needs an entry"),
+        ),
+        CatalogEntry(
+            name="tsvm",
+            target="mergekit_unconstrained.methods.tsvm:tsvm",
+            level="tensor",
+            summary=(
+                "joins the leading singular vectors of every expert's matrices and makes them "
+                "orthogonal"
+            ),
+            paper=(
+                "Task Singular Vectors: Reducing Task Interference in Model Merging (arXiv "
+                "2412.00081)"
+            ),
+            url="https://arxiv.org/abs/2412.00081",
+            cost="matrices",
+        ),
+        CatalogEntry(
+            name="pcb",
+            target="mergekit_unconstrained.methods.pcb:pcb",
+            level="tensor",
+            summary=(
+                "lets the experts compete for every entry, by magnitude and by agreement with "
+                "the others"
+            ),
+            paper=("Parameter Competition Balancing for Model Merging (arXiv 2410.02396)"),
+            url="https://arxiv.org/abs/2410.02396",
+        ),
+        CatalogEntry(
+            name="widen",
+            target="mergekit_unconstrained.methods.widen:widen",
+            level="tensor",
+            summary=("weighs columns by how far an expert moved their length and their direction"),
+            paper=(
+                "Extend Model Merging from Fine-Tuned to Pre-Trained Large Language Models "
+                "via Weight Disentanglement (arXiv 2408.03092)"
+            ),
+            url="https://arxiv.org/abs/2408.03092",
+        ),
+        CatalogEntry(
+            name="wudi",
+            target="mergekit_unconstrained.methods.wudi:wudi",
+            level="tensor",
+            summary=(
+                "descends from the sum of the task vectors to what disturbs no expert's own inputs"
+            ),
+            paper=(
+                "Whoever Started the Interference Should End It: Guiding Data-Free Model "
+                "Merging via Task Vectors (arXiv 2503.08099)"
+            ),
+            url="https://arxiv.org/abs/2503.08099",
+            cost="matrices",
+        ),
+        CatalogEntry(
+            name="optmerge",
+            target="mergekit_unconstrained.methods.optmerge:optmerge",
+            level="tensor",
+            summary=("as wudi, with denoised task vectors and in their leading subspaces"),
+            paper=(
+                "Unifying Multimodal Large Language Model Capabilities and Modalities via "
+                "Model Merging (arXiv 2505.19892)"
+            ),
+            url="https://arxiv.org/abs/2505.19892",
+            cost="matrices",
+        ),
+        CatalogEntry(
+            name="doge",
+            target="mergekit_unconstrained.methods.doge:doge",
+            level="tensor",
+            summary=(
+                "moves the task vectors by projected gradient descent, keeps their largest "
+                "entries, adds them up"
+            ),
+            paper=(
+                "Modeling Multi-Task Model Merging as Adaptive Projective Gradient Descent "
+                "(arXiv 2501.01230)"
+            ),
+            url="https://arxiv.org/abs/2501.01230",
+            cost="matrices",
         ),
     )
 }

@@ -26,13 +26,14 @@ class MergeContext:
     roles: output tensor name -> role; empty outside a job, where names are read by convention.
     allow_nan: whether NaN and infinity are let through. out_dtype: what mergekit will cast results
     to after the kernel, None for no cast. statistics: what the pre-pass found (engine/prepass.py):
-    name of a measure -> label -> numbers; None where there was none.
+    name of a measure -> label -> numbers; None where there was none. quiet: whether bars are off.
     """
 
     roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
     allow_nan: bool = False
     out_dtype: torch.dtype | None = None
     statistics: Mapping[str, Mapping[str, Summary]] | None = None
+    quiet: bool = False
 
 
 _context = MergeContext()
@@ -47,6 +48,11 @@ def using(context: MergeContext) -> Iterator[None]:
         yield
     finally:
         _context = previous
+
+
+def is_quiet() -> bool:
+    """Whether the running merge is to draw no bars."""
+    return _context.quiet
 
 
 def role_of(metadata: TensorMetadata) -> Role:

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 
 from mergekit_unconstrained import __version__, compat, present
-from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
+from mergekit_unconstrained.catalog import entry_for
+from mergekit_unconstrained.compat import (
+    MergeConfiguration,
+    MergeMethod,
+    MergeOptions,
+    ParameterScope,
+)
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent
 from mergekit_unconstrained.engine import staging
@@ -31,22 +37,33 @@ RunMerge = Callable[..., Any]
 
 
 def estimate_seconds(plan: Plan) -> float:
-    """Time of the arithmetic, from one merge of a million random entries on this machine."""
+    """Time of the arithmetic, from one merge of a random matrix on this machine."""
+    entry = entry_for(plan.method.spec.name)
+    matrices = entry is not None and entry.cost == "matrices"
+    side = 256 if matrices else 1024
     cells = [next(iter(c.values()), None) for c in plan.coefficients.values()]
     generator = torch.Generator().manual_seed(0)
     count = len(cells) + 1
-    sample = [torch.randn(1024, 1024, generator=generator).bfloat16() for _ in range(count)]
-    group = compat.TensorGroup.from_tensors(sample, base_index=0, name="sample")
-    parameters = {k: v for k, v in plan.shared.items() if v != VARIES} | {"coefficients": ""}
-    parameters["weight"] = [c.weight if c and c.weight is not None else 1.0 for c in cells]
-    parameters["density"] = [c.density if c and c.density is not None else 1.0 for c in cells]
-    parameters["scope"] = "tensor"
-    known = {p.name for p in plan.method.spec.parameters}
+    sample = [torch.randn(side, side, generator=generator).bfloat16() for _ in range(count)]
+    name = next((t.name for t in plan.tensors if t.role.kind == "up"), "sample")
+    group = compat.TensorGroup.from_tensors(sample, base_index=0, name=name)
+    parameters = {k: v for k, v in plan.shared.items() if v != VARIES}
+    if "coefficients" in parameters:
+        parameters["coefficients"] = ""
+    own = {p.name for p in plan.method.spec.parameters if p.scope != ParameterScope.SHARED}
+    for name in own & {"weight", "density"}:
+        values = [getattr(c, name, None) for c in cells]
+        parameters[name] = [1.0 if v is None else v for v in values]
+    if "scope" in parameters:
+        parameters["scope"] = "tensor"
     started = time.perf_counter()
-    plan.method((group,), parameters={k: v for k, v in parameters.items() if k in known})
+    plan.method((group,), parameters=parameters)
     elapsed = time.perf_counter() - started
-    entries = sum(math.prod(t.shape) for t in plan.tensors if t.shape is not None)
-    return elapsed * entries / sample[0].numel()
+    shapes = [(t.shape, t.role) for t in plan.tensors if t.shape is not None]
+    if matrices:
+        inner = [s for s, role in shapes if len(s) == 2 and role.layer is not None]
+        return elapsed * sum(math.prod(s) * min(s) for s in inner) / side**3
+    return elapsed * sum(math.prod(s) for s, _ in shapes) / side**2
 
 
 def run_job(
@@ -97,7 +114,8 @@ def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOpti
     )
     out_dtype = compat.dtype_from_name(plan.config.out_dtype)
     statistics = whole_model.statistics(plan, run_options)
-    with using(MergeContext(plan.roles, plan.job.allow_nan, out_dtype, statistics=statistics)):
+    context = MergeContext(plan.roles, plan.job.allow_nan, out_dtype, statistics, options.quiet)
+    with using(context):
         run_merge(plan.config.model_copy(deep=True), str(folder), run_options, None)
 
 

@@ -34,11 +34,20 @@ PARAMETERS: dict[str, list[Parameters]] = {
         }
         for name, operator in OPERATORS.items()
     ],
+    "consensus": [{"min_agreement": 2}, {"min_agreement": 1}],
+    "tsvm": [{"reweight": False}, {"reweight": True}],
+    "pcb": [{"variant": "language"}, {"variant": "vision"}],
+    "wudi": [{"steps": 20}],
+    "optmerge": [{"solver": "adam", "steps": 20}, {"solver": "exact"}],
+    "doge": [{"steps": 20}],
 }
 """Method -> the parameters it is tried with, one set after another; [{}] for others."""
 
 ORDERED: frozenset[str] = frozenset()
 """Methods for which the order of the experts means something."""
+
+WHOLE_MATRIX = frozenset({"tsvm", "wudi", "optmerge", "doge", "pcb", "widen"})
+"""Methods that cannot work around a NaN, and merge a tensor that holds one by simpler rules."""
 
 CASES = [
     pytest.param(name, parameters, id="-".join([name, *map(str, list(parameters.values())[:1])]))
