@@ -164,6 +164,7 @@ def make_plan(
     )  # fmt: skip
     checks.check_settings(plan)
     checks.check_operators(plan, tasks)
+    checks.check_agreement_of_experts(plan, tasks)
     if table is not None:
         checks.check_table(plan, table)
     checks.check_weights(plan)
