@@ -55,7 +55,7 @@ def matrix_vector(
 ) -> torch.Tensor:
     """D of Eq. (4), [out, in]."""
     M, C = disentangled(t0, d)
-    p_M, p_C = (importance(ranks(x), threshold, calibration) for x in (M, C))
+    p_M, p_C = (importance(ranks(x), threshold, calibration, M.shape[1]) for x in (M, C))
     score = weights[:, None] * (p_M + p_C) / 2
     return torch.einsum("irc,ic->rc", d, score.to(d.dtype))
 
@@ -89,16 +89,20 @@ def disentangled(t0: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def ranks(x: torch.Tensor) -> torch.Tensor:
-    """Eq. (2): the rank of every column within its expert, as a fraction; [N, in]."""
-    n = x.shape[1]
-    steps = torch.arange(n, dtype=torch.float64, device=x.device) / n
+    """Eq. (2) times in: the rank of every column within its expert, from 0; [N, in], float64."""
+    steps = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)
     return torch.empty_like(x).scatter_(1, stable_order(x), steps.expand_as(x))
 
 
-def importance(x: torch.Tensor, threshold: float, calibration: float) -> torch.Tensor:
-    """Eq. (3): p of significances x, [N, n]."""
+def importance(
+    x: torch.Tensor, threshold: float, calibration: float, unit: int = 1
+) -> torch.Tensor:
+    """Eq. (3): p of significances x / unit, [N, n].
+
+    Ranks come as whole numbers, whose mean is exact: the middle one of an odd number is not above it.
+    """
     above = x > threshold * x.mean(dim=1, keepdim=True)
-    return torch.where(above, calibration, torch.softmax(x, dim=0))
+    return torch.where(above, calibration, torch.softmax(x / unit, dim=0))
 
 
 @merge_method(
