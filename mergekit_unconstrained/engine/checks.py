@@ -189,8 +189,8 @@ def check_agreement_of_experts(plan: Plan, tasks: list[compat.PlannedTask]) -> N
     if needed > count:
         plan.document.fail(
             ("parameters", "min_agreement"),
-            f"min_agreement keeps what {needed} experts need, and there are only {count}: name more "
-            f"experts, or set min_agreement: {count}",
+            f"min_agreement keeps what {needed} experts need, and there are only {count}: name "
+            f"more experts, or set min_agreement: {count}",
         )
 
 

@@ -16,8 +16,9 @@ Every other tensor stays at the base. In (4) the authors take the magnitudes of 
 together: scope `model`. With scope `tensor`, ours, they are those of one matrix. `>=` keeps one
 entry more than int(n top), and all that are equal to the last.
 
-Ours: an expert that did not change a matrix has l_i = 0, as directions of zero singular value are
-none of (2); top 0 keeps nothing.
+Ours: an expert that did not change a matrix has l_i = 0, and directions of zero singular value are
+none of (2); of a single U_i, whose singular values are all 1, B has the first columns; top 0 keeps
+nothing.
 
 Cost: N decompositions of m x n and one of m x min(m, n) (numerics/svd.py); a step makes 2 N passes
 over the tensor and two products of m x b by m x n, b = min(m, n) / subspace; memory for the d_i and
@@ -76,7 +77,9 @@ def shared_subspace(d: torch.Tensor, subspace: int) -> torch.Tensor:
     """B of Eq. (2), [m, b], orthonormal columns."""
     smaller = min(d.shape[1:])
     tops = [thin_svd(d_i).top(smaller // len(d)).U for d_i in d]
-    return thin_svd(torch.cat(tops, dim=1)).top(smaller // subspace).U.to(d.dtype)
+    tops = [U_i for U_i in tops if U_i.shape[1]] or tops[:1]
+    B = tops[0] if len(tops) == 1 else thin_svd(torch.cat(tops, dim=1)).U
+    return B[:, : smaller // subspace].to(d.dtype)
 
 
 def magnitude_threshold(magnitudes: torch.Tensor, top: float) -> float:

@@ -99,7 +99,7 @@ def importance(
 ) -> torch.Tensor:
     """Eq. (3): p of significances x / unit, [N, n].
 
-    Ranks come as whole numbers, whose mean is exact: the middle one of an odd number is not above it.
+    Ranks come as whole numbers, whose mean is exact: of an odd number the middle one is not above.
     """
     above = x > threshold * x.mean(dim=1, keepdim=True)
     return torch.where(above, calibration, torch.softmax(x / unit, dim=0))

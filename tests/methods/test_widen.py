@@ -21,6 +21,10 @@ def length(column: list[float]) -> float:
     return math.sqrt(math.fsum(x * x for x in column))
 
 
+def cosine(a: list[float], b: list[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / (length(a) * length(b))
+
+
 def rank_of(values: list[float]) -> list[float]:
     """The number of columns before each, equal ones by position, as a fraction."""
     return [
@@ -52,10 +56,7 @@ def reference(
         t = t0 + d_i
         pairs = [(t[:, c].tolist(), t0[:, c].tolist()) for c in columns]
         M.append([abs(length(a) - length(b)) for a, b in pairs])
-        C.append([
-            1 - math.fsum(x * y for x, y in zip(a, b, strict=True)) / (length(a) * length(b))
-            for a, b in pairs
-        ])  # fmt: skip
+        C.append([0.0 if a == b else 1 - cosine(a, b) for a, b in pairs])
     p = [importances([rank_of(row) for row in x], threshold, calibration) for x in (M, C)]
     out = np.zeros_like(t0)
     for i, d_i in enumerate(d):
@@ -115,14 +116,12 @@ def test_equal_columns_are_ranked_in_their_order() -> None:
 
 
 def test_columns_that_nobody_turned_count_as_equal() -> None:
-    """Rounding must not rank them: the first columns are changed, so the others come before."""
-    t0, d_i = vectors(2, 7, 40)
-    d_i[:, 20:] = 0
-    found = matrix_vector(
-        torch.from_numpy(t0), stacked([d_i]), torch.ones(1).double(), 1.0, 5.0
-    ).numpy()
-    factors = found[0, :20] / d_i[0, :20]
-    np.testing.assert_allclose(factors, 5.0)  # ranks 20 to 39 of 40, mean 19.5
+    """Rounding must not rank what one expert left alone, where the other is weighed beside it."""
+    t0, *d = vectors(3, 7, 40)
+    d[0][:, 20:] = 0
+    found = matrix_vector(torch.from_numpy(t0), stacked(d), torch.ones(2).double(), 1.0, 5.0)
+    expected = reference(t0, d, [1.0, 1.0], 1.0, 5.0)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-13)
 
 
 def test_a_column_of_zeros_has_no_direction() -> None:
