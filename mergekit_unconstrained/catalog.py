@@ -48,6 +48,68 @@ CATALOG: dict[str, CatalogEntry] = {
             relation="eight of its operators with one weight for everything are mergekit's methods",
         ),
         CatalogEntry(
+            name="ties_global",
+            target="mergekit_unconstrained.methods.ties_global:ties_global",
+            level="tensor",
+            summary="TIES as published: trims by one threshold over the whole model",
+            paper="TIES-Merging: Resolving Interference When Merging Models (arXiv 2306.01708)",
+            url="https://arxiv.org/abs/2306.01708",
+            needs="mergekit_unconstrained.methods.ties_global:needs",
+        ),
+        CatalogEntry(
+            name="dare_exact",
+            target="mergekit_unconstrained.methods.dare_exact:dare_exact",
+            level="tensor",
+            summary=(
+                "DARE as published: drops entries at random, divides the others by exactly 1 - p"
+            ),
+            paper=(
+                "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a "
+                "Free Lunch (arXiv 2311.03099)"
+            ),
+            url="https://arxiv.org/abs/2311.03099",
+        ),
+        CatalogEntry(
+            name="varm",
+            target="mergekit_unconstrained.methods.varm:varm",
+            level="tensor",
+            summary="weighs every expert by its share in the squared change of a tensor or entry",
+            paper=(
+                "Knowledge Fusion of Chat LLMs: A Preliminary Technical Report (arXiv 2402.16107)"
+            ),
+            url="https://arxiv.org/abs/2402.16107",
+        ),
+        CatalogEntry(
+            name="sce_dense",
+            target="mergekit_unconstrained.methods.sce_dense:sce_dense",
+            level="tensor",
+            summary="SCE as its authors' code has it: varying entries decide the shares, all are "
+            "merged",
+            paper="FuseChat: Knowledge Fusion of Chat Models (arXiv 2408.07990)",
+            url="https://arxiv.org/abs/2408.07990",
+        ),
+        CatalogEntry(
+            name="lines",
+            target="mergekit_unconstrained.methods.lines:lines",
+            level="tensor",
+            summary="task arithmetic whose scale rises linearly with depth",
+            paper=(
+                "LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging "
+                "(arXiv 2410.17146)"
+            ),
+            url="https://arxiv.org/abs/2410.17146",
+            needs="mergekit_unconstrained.methods.lines:needs",
+        ),
+        CatalogEntry(
+            name="layer_swap",
+            target="mergekit_unconstrained.methods.layer_swap:layer_swap",
+            level="tensor",
+            summary="the outer layers of a language expert around the inner ones of a task expert",
+            paper="Layer Swapping for Zero-Shot Cross-Lingual Transfer in Large Language Models "
+            "(arXiv 2410.01335)",
+            url="https://arxiv.org/abs/2410.01335",
+        ),
+        CatalogEntry(
             name="distribution_fusion",
             target="mergekit_unconstrained.methods.distribution_fusion:distribution_fusion",
             level="model",

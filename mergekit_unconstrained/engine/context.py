@@ -61,6 +61,16 @@ def role_of(metadata: TensorMetadata) -> Role:
     return _context.roles.get(name) or role_from_name(name, metadata.vocabulary_axis)
 
 
+def depth_of(role: Role) -> int:
+    """The number of layers of the model that a tensor belongs to; RecipeError without a job."""
+    if not role.depth:
+        raise RecipeError(
+            "how deep a tensor lies is known to whole recipes only: run them with mergekit-yaml, "
+            "mergekit-multi or mergekit-unconstrained yaml"
+        )
+    return role.depth
+
+
 def measured(name: str) -> Mapping[str, Summary]:
     """What the pre-pass found for one of the method's measures: label -> numbers.
 
@@ -73,6 +83,11 @@ def measured(name: str) -> Mapping[str, Summary]:
             "set `scope: tensor`"
         )
     return _context.statistics[name]
+
+
+def was_measured(name: str) -> bool:
+    """Whether there was such a measure."""
+    return _context.statistics is not None and name in _context.statistics
 
 
 def tensor_roles(architecture: ModelArchitecture, config: Any) -> dict[str, Role]:

@@ -8,7 +8,7 @@ the code of TIES' authors. A tensor may lose all its entries, or none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Measure
 from mergekit_unconstrained.numerics import operators
 from mergekit_unconstrained.numerics.operators import Expert, Kept, Settings
+from mergekit_unconstrained.numerics.quantiles import Summary
 
 MAGNITUDES = "|d| of every expert"
 
@@ -39,9 +40,18 @@ def thresholds(
     return Measure(MAGNITUDES, ranks=ranks, dtype=dtype)
 
 
-def trimmed(base: torch.Tensor, expert: Expert, settings: Settings, span: Span) -> Expert:
-    """An expert with what is kept of its tensor, by the pre-pass."""
-    found = measured(MAGNITUDES).get(expert.model)
+def trimmed(
+    base: torch.Tensor,
+    expert: Expert,
+    settings: Settings,
+    span: Span,
+    found_before: Mapping[str, Summary] | None = None,
+) -> Expert:
+    """An expert with what is kept of its tensor.
+
+    found_before: what the pre-pass found, while it is still under way.
+    """
+    found = (found_before or measured(MAGNITUDES)).get(expert.model)
     if found is None or not found.count:
         return expert
     first, end = span(found.count)

@@ -39,7 +39,8 @@ a product of bool and float takes torch four times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -149,7 +150,8 @@ class Settings:
     """What all experts share. None for `normalize` and `rescale` is the operator's default.
 
     dtype is the arithmetic's; float64 inputs raise it to float64. name is the tensor's, and keys
-    the random masks.
+    the random masks. zero_sign: what a sum of exactly zero elects in (5). granularity: whether (10)
+    has one share a tensor or one an entry.
     """
 
     operator: OperatorName = "task_arithmetic"
@@ -160,6 +162,8 @@ class Settings:
     seed: int = 0
     name: str = ""
     dtype: torch.dtype = torch.float32
+    zero_sign: Literal[1, -1] = 1
+    granularity: Literal["tensor", "element"] = "tensor"
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any]) -> Settings:
@@ -198,10 +202,14 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
         kept, shares = select(base, experts, settings, dtype)
     else:
         kept = [e.kept or keep(base, e, settings, dtype) for e in experts]
-    if operator.combine == "weigh":
+    combine = COMBINE[operator.combine]
+    if operator.combine == "elect":
+        combine = functools.partial(elect, zero_sign=settings.zero_sign)
+    elif operator.combine == "weigh" and settings.granularity == "element":
+        combine = weigh_entries
+    elif operator.combine == "weigh":
         squares = [e.weight**2 * squared_change(e.tensor, base) for e in experts]
         shares = shares.new_tensor(energy(squares))
-    combine = COMBINE[operator.combine]
 
     flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
     out = torch.empty_like(flat)
@@ -214,20 +222,40 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
                 continue
             d.sub_(t0)
         else:
-            terms = []
-            for tensor, expert, k in zip(tensors, experts, kept, strict=True):
-                term = tensor[piece].to(dtype, copy=True).sub_(t0)
-                if k.mask is not None:
-                    term.mul_(as_float(k.mask[piece], dtype))
-                if k.factor != 1:
-                    term.mul_(k.factor)
-                # Multiplied and then added, never fused: bit-identical to mergekit's arithmetic.
-                terms.append(term.mul_(expert.weight))
+            terms = [
+                weighted(tensor[piece].to(dtype, copy=True).sub_(t0), expert, k, piece)
+                for tensor, expert, k in zip(tensors, experts, kept, strict=True)
+            ]
             d = combine(terms, shares, normalize)
         if settings.lambda_ != 1:
             d.mul_(settings.lambda_)
         out[piece] = d.add_(t0)
     return out.reshape(base.shape)
+
+
+def weighted(term: torch.Tensor, expert: Expert, kept: Kept, piece: slice) -> torch.Tensor:
+    """w_i s_i of some entries, from their d_i, which it overwrites."""
+    if kept.mask is not None:
+        term.mul_(as_float(kept.mask[piece], term.dtype))
+    if kept.factor != 1:
+        term.mul_(kept.factor)
+    # Multiplied and then added, never fused: bit-identical to mergekit's arithmetic.
+    return term.mul_(expert.weight)
+
+
+@torch.no_grad()
+def sum_signs(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> torch.Tensor:
+    """The sign of sum_i w_i s_i, 0 for a sum of zero: [n], the flat entries of a tensor."""
+    dtype = torch.promote_types(base.dtype, settings.dtype)
+    kept = [e.kept or keep(base, e, settings, dtype) for e in experts]
+    flat = base.reshape(-1)
+    out = torch.zeros(flat.shape, dtype=dtype, device=base.device)
+    for piece in pieces(base):
+        t0 = flat[piece].to(dtype)
+        for e, k in zip(experts, kept, strict=True):
+            d = e.tensor.reshape(-1)[piece].to(dtype, copy=True).sub_(t0)
+            out[piece] += weighted(d, e, k, piece)
+    return out.sign_()
 
 
 def pieces(base: torch.Tensor) -> Iterator[slice]:
@@ -291,6 +319,7 @@ def kept_ranks(operator: OperatorName, n: int, density: float, gamma: float) -> 
     return n - sparsify.kept_count(n, density), n
 
 
+@torch.no_grad()
 def magnitudes(base: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """|d_i| in full, of the base's shape."""
     flat, other = base.reshape(-1), tensor.reshape(-1)
@@ -366,9 +395,14 @@ def add(terms: list[torch.Tensor], weights: torch.Tensor, normalize: bool) -> to
     return total
 
 
-def elect(terms: list[torch.Tensor], weights: torch.Tensor, normalize: bool) -> torch.Tensor:
+def elect(
+    terms: list[torch.Tensor],
+    weights: torch.Tensor,
+    normalize: bool,
+    zero_sign: Literal[1, -1] = 1,
+) -> torch.Tensor:
     """Eq. (5): D from the w_i s_i; entries against the elected sign are dropped."""
-    elected = elected_sign(terms)
+    elected = elected_sign(terms, zero_sign)
     merged, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
     for term, weight in zip(terms, weights, strict=True):
         agrees = torch.sign(term).eq_(elected)
@@ -414,7 +448,27 @@ def weigh(terms: list[torch.Tensor], shares: torch.Tensor, normalize: bool) -> t
     return total
 
 
-COMBINE = {
+def weigh_entries(
+    terms: list[torch.Tensor],
+    _: torch.Tensor,
+    normalize: bool,  # noqa: ARG001
+) -> torch.Tensor:
+    """Eq. (10) with a share for every entry: D = sum_i (w_i d_i)^3 / sum_j (w_j d_j)^2."""
+    # Divided by the largest first: squares of small task vectors leave float32's range.
+    largest = terms[0].abs()
+    for term in terms[1:]:
+        torch.maximum(largest, term.abs(), out=largest)
+    scale = largest.add(largest.eq(0))
+    merged, divisor = torch.zeros_like(scale), torch.zeros_like(scale)
+    for term in terms:
+        ratio = term.div_(scale)
+        square = ratio.square()
+        divisor.add_(square)
+        merged.add_(square.mul_(ratio))
+    return merged.div_(divisor.add_(divisor.eq(0))).mul_(largest)
+
+
+COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "add": add,
     "elect": elect,
     "erase": erase,
@@ -423,12 +477,13 @@ COMBINE = {
 }
 
 
-def elected_sign(terms: list[torch.Tensor]) -> torch.Tensor:
-    """The sign of the sum, + for a sum of zero."""
+def elected_sign(terms: list[torch.Tensor], zero_sign: Literal[1, -1] = 1) -> torch.Tensor:
+    """The sign of the sum, `zero_sign` for a sum of zero."""
     total = terms[0].clone()
     for term in terms[1:]:
         total.add_(term)
-    return total.ge_(0).mul_(2).sub_(1)
+    positive = total.ge_(0) if zero_sign > 0 else total.gt_(0)
+    return positive.mul_(2).sub_(1)
 
 
 def average(

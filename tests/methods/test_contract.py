@@ -6,6 +6,7 @@ PARAMETERS. Arithmetic of its own a method proves in its own file.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from click.testing import CliRunner
 
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.catalog import CATALOG
+from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.numerics.operators import OPERATORS
+from mergekit_unconstrained.numerics.roles import role_from_name
 
 from mergekit.architecture import arch_info_for_config  # isort: skip
 from mergekit.merge_methods import merge_state_dicts, merge_tensors  # isort: skip
@@ -40,14 +43,21 @@ PARAMETERS: dict[str, list[Parameters]] = {
     "wudi": [{"steps": 20}],
     "optmerge": [{"solver": "adam", "steps": 20}, {"solver": "exact"}],
     "doge": [{"steps": 20}],
+    "ties_global": [{"scope": "tensor"}],
+    "dare_exact": [{"combine": "linear", "drop": 0.5}, {"combine": "ties", "drop": 0.5}],
+    "varm": [{"granularity": "tensor"}, {"granularity": "element"}],
+    "lines": [{"alpha": 0.5, "beta": 0.3}],
+    "layer_swap": [{"bottom": 1, "top": 1}],
 }
 """Method -> the parameters it is tried with, one set after another; [{}] for others."""
 
-ORDERED: frozenset[str] = frozenset()
+ORDERED: frozenset[str] = frozenset({"layer_swap"})
 """Methods for which the order of the experts means something."""
 
 WHOLE_MATRIX = frozenset({"tsvm", "wudi", "optmerge", "doge", "pcb", "widen"})
 """Methods that cannot work around a NaN, and merge a tensor that holds one by simpler rules."""
+TWO_EXPERTS: frozenset[str] = frozenset({"layer_swap"})
+"""Methods that take exactly two experts."""
 
 CASES = [
     pytest.param(name, parameters, id="-".join([name, *map(str, list(parameters.values())[:1])]))
@@ -72,6 +82,11 @@ def models(
     return {name: t.to(dtype) for name, t in {"base": base, **experts}.items()}
 
 
+def able(name: str, count: int) -> int:
+    """A number of experts that a method takes, `count` where it takes that."""
+    return 2 if name in TWO_EXPERTS else count
+
+
 def merge(name: str, parameters: Parameters, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Merge one named tensor."""
     return merge_tensors(
@@ -89,7 +104,7 @@ def merge(name: str, parameters: Parameters, tensors: Mapping[str, torch.Tensor]
 def test_any_number_of_experts_gives_a_finite_tensor(
     name: str, parameters: Parameters, count: int
 ) -> None:
-    tensors = models(count)
+    tensors = models(able(name, count))
     merged = merge(name, parameters, tensors)
     assert merged.shape == tensors["base"].shape
     assert bool(torch.isfinite(merged).all())
@@ -103,15 +118,15 @@ def test_experts_equal_to_the_base_give_the_base(
     name: str, parameters: Parameters, count: int
 ) -> None:
     base = models(0)["base"]
-    tensors = {"base": base} | {f"expert{i}": base.clone() for i in range(count)}
+    tensors = {"base": base} | {f"expert{i}": base.clone() for i in range(able(name, count))}
     torch.testing.assert_close(merge(name, parameters, tensors), base, rtol=1e-6, atol=0)
 
 
 @every_method
 @pytest.mark.parametrize("frozen", [1, 2, 3])
 def test_frozen_tensors_do_no_harm(name: str, parameters: Parameters, frozen: int) -> None:
-    tensors = models(3)
-    for i in range(frozen):
+    tensors = models(able(name, 3))
+    for i in range(min(frozen, len(tensors) - 1)):
         tensors[f"expert{i}"] = tensors["base"].clone()
     assert bool(torch.isfinite(merge(name, parameters, tensors)).all())
 
@@ -162,7 +177,7 @@ def test_an_empty_tensor_stays_empty(
 
 @every_method
 def test_strides_do_not_matter(name: str, parameters: Parameters) -> None:
-    tensors = models(3, (16, 10))
+    tensors = models(able(name, 3), (16, 10))
     strided = {k: t.t().contiguous().t() for k, t in tensors.items()}
     strided["base"] = torch.stack([tensors["base"], tensors["base"]], dim=-1)[..., 0]
     assert not any(t.is_contiguous() for t in strided.values())
@@ -172,7 +187,7 @@ def test_strides_do_not_matter(name: str, parameters: Parameters) -> None:
 
 @every_method
 def test_the_inputs_are_not_written_to(name: str, parameters: Parameters) -> None:
-    tensors = models(3)
+    tensors = models(able(name, 3))
     copies = {k: t.clone() for k, t in tensors.items()}
     merge(name, parameters, tensors)
     assert all(torch.equal(tensors[k], copies[k]) for k in tensors)
@@ -181,10 +196,10 @@ def test_the_inputs_are_not_written_to(name: str, parameters: Parameters) -> Non
 @every_method
 def test_the_same_inputs_give_the_same_result(name: str, parameters: Parameters) -> None:
     torch.manual_seed(1)
-    first = merge(name, parameters, models(3))
+    first = merge(name, parameters, models(able(name, 3)))
     torch.manual_seed(2)
     merge(name, parameters, models(2, seed=5))  # what is merged before must not matter
-    assert torch.equal(merge(name, parameters, models(3)), first)
+    assert torch.equal(merge(name, parameters, models(able(name, 3))), first)
 
 
 @every_method
@@ -212,8 +227,19 @@ def test_without_a_base_there_is_an_error(name: str, parameters: Parameters) -> 
 
 @every_method
 def test_without_an_expert_there_is_an_error(name: str, parameters: Parameters) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=f"at least {able(name, 1)}"):
         merge(name, parameters, models(0))
+
+
+@every_method
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_experts_than_a_method_takes_is_an_error(
+    name: str, parameters: Parameters, count: int
+) -> None:
+    if name not in TWO_EXPERTS:
+        pytest.skip("takes any number of experts")
+    with pytest.raises(ValueError, match=f"(at least|exactly) 2 non-base .* got {count}"):
+        merge(name, parameters, models(count))
 
 
 @every_method
@@ -285,15 +311,18 @@ def test_mergekit_yaml_writes_what_the_tensors_merge_to(
     merged = run_yaml(recipe(name, parameters, *paths), tmp_path)
     inputs = [load(path) for path in paths]
     assert merged.keys() == inputs[0].keys()
+    layers = 4
     for tensor in merged:
-        expected = merge_tensors(
-            [tensors[tensor] for tensors in inputs],
-            compat.get(name),
-            ids=[str(path) for path in paths],  # names key the random masks
-            base_index=0,
-            name=tensor,
-            parameters=parameters,
-        )
+        role = dataclasses.replace(role_from_name(tensor), depth=layers)
+        with using(MergeContext({tensor: role})):
+            expected = merge_tensors(
+                [tensors[tensor] for tensors in inputs],
+                compat.get(name),
+                ids=[str(path) for path in paths],  # names key the random masks
+                base_index=0,
+                name=tensor,
+                parameters=parameters,
+            )
         assert torch.equal(merged[tensor], expected), tensor
 
 
