@@ -54,6 +54,10 @@ CATALOG: dict[str, CatalogEntry] = {
             summary="TIES as published: trims by one threshold over the whole model",
             paper="TIES-Merging: Resolving Interference When Merging Models (arXiv 2306.01708)",
             url="https://arxiv.org/abs/2306.01708",
+            relation=(
+                "`ties` trims tensor by tensor, and lets sums of zero elect +; with scope: tensor "
+                "only the latter differs, and which of equal magnitudes are kept"
+            ),
             needs="mergekit_unconstrained.methods.ties_global:needs",
         ),
         CatalogEntry(
@@ -68,6 +72,7 @@ CATALOG: dict[str, CatalogEntry] = {
                 "Free Lunch (arXiv 2311.03099)"
             ),
             url="https://arxiv.org/abs/2311.03099",
+            relation="`dare_linear` and `dare_ties` keep the L1 norm instead of dividing by 1 - p",
         ),
         CatalogEntry(
             name="varm",
@@ -87,6 +92,7 @@ CATALOG: dict[str, CatalogEntry] = {
             "merged",
             paper="FuseChat: Knowledge Fusion of Chat Models (arXiv 2408.07990)",
             url="https://arxiv.org/abs/2408.07990",
+            relation="`sce` merges the selected entries alone",
         ),
         CatalogEntry(
             name="lines",
@@ -98,6 +104,7 @@ CATALOG: dict[str, CatalogEntry] = {
                 "(arXiv 2410.17146)"
             ),
             url="https://arxiv.org/abs/2410.17146",
+            relation="with beta 0 `task_arithmetic`; its gradients start anew with every slice",
             needs="mergekit_unconstrained.methods.lines:needs",
         ),
         CatalogEntry(
@@ -108,6 +115,23 @@ CATALOG: dict[str, CatalogEntry] = {
             paper="Layer Swapping for Zero-Shot Cross-Lingual Transfer in Large Language Models "
             "(arXiv 2410.01335)",
             url="https://arxiv.org/abs/2410.01335",
+            relation="`passthrough` over slices swaps, but does not average",
+        ),
+        CatalogEntry(
+            name="opcm",
+            target="mergekit_unconstrained.methods.opcm:opcm",
+            level="tensor",
+            summary=(
+                "merges the experts one after the other, each projected away from those before, at "
+                "the experts' mean distance from the base"
+            ),
+            paper=(
+                "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable "
+                "Continual Model Merging (arXiv 2501.09522)"
+            ),
+            url="https://arxiv.org/abs/2501.09522",
+            needs="mergekit_unconstrained.methods.opcm:needs",
+            cost="matrices",
         ),
         CatalogEntry(
             name="distribution_fusion",

@@ -48,14 +48,16 @@ PARAMETERS: dict[str, list[Parameters]] = {
     "varm": [{"granularity": "tensor"}, {"granularity": "element"}],
     "lines": [{"alpha": 0.5, "beta": 0.3}],
     "layer_swap": [{"bottom": 1, "top": 1}],
+    "opcm": [{"scope": "tensor"}],
 }
 """Method -> the parameters it is tried with, one set after another; [{}] for others."""
 
-ORDERED: frozenset[str] = frozenset({"layer_swap"})
+ORDERED: frozenset[str] = frozenset({"layer_swap", "opcm"})
 """Methods for which the order of the experts means something."""
 
-WHOLE_MATRIX = frozenset({"tsvm", "wudi", "optmerge", "doge", "pcb", "widen"})
+WHOLE_MATRIX = frozenset({"tsvm", "wudi", "optmerge", "doge", "pcb", "widen", "opcm"})
 """Methods that cannot work around a NaN, and merge a tensor that holds one by simpler rules."""
+
 TWO_EXPERTS: frozenset[str] = frozenset({"layer_swap"})
 """Methods that take exactly two experts."""
 

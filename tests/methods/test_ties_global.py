@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from whole_models import Tensors, assert_close, deltas, merged
 
 from mergekit_unconstrained.errors import RecipeError
@@ -61,29 +63,42 @@ def test_weights_weigh_what_agrees(tiny_models: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("weights", "cancelling", "others", "agreed"),
+    [
+        ((1.0, 1.0), (0.25, -0.25), (0.25, 0.25), 0.25),
+        # Without the weights the others would add up to the other sign.
+        ((0.5, 1.0), (0.5, -0.25), (-0.5, 0.375), 0.375),
+    ],
+)
 def test_sums_of_zero_elect_the_sign_of_the_whole_model(
-    sign: int, make_tiny: Any, tmp_path: Path
+    sign: int,
+    weights: tuple[float, float],
+    cancelling: tuple[float, float],
+    others: tuple[float, float],
+    agreed: float,
+    make_tiny: Any,
+    tmp_path: Path,
 ) -> None:
-    """Two experts that cancel each other in one tensor, and agree on a sign in all others."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
+    """Two experts that cancel each other in the queries, and not in all other tensors."""
     base = make_tiny().base
     start = load_file(base / "model.safetensors")
     paths = []
-    for i, direction in enumerate((1.0, -1.0)):
+    for i in range(2):
         folder = tmp_path / f"expert{i}"
         shutil.copytree(base, folder)
-        moved = {}
-        for name, tensor in start.items():
-            step = direction if "q_proj" in name else sign
-            moved[name] = (tensor.float() + 0.25 * step).to(torch.float32)
+        moved = {
+            name: t.float() + (cancelling if "q_proj" in name else others)[i] * sign
+            for name, t in start.items()
+        }
         save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
         paths.append(folder)
-    found = merged(tmp_path, "ties_global", [base, *paths], {"density": 1.0})
+    each = [{"weight": w} for w in weights]
+    found = merged(tmp_path, "ties_global", [base, *paths], {"density": 1.0}, each)
+    (alone,) = (c * sign for c in cancelling if c * agreed > 0)
     for name, tensor in start.items():
-        np.testing.assert_allclose(found[name], tensor.double().numpy() + 0.25 * sign, atol=1e-6)
+        expected = alone if "q_proj" in name else agreed * sign
+        np.testing.assert_allclose(found[name], tensor.double().numpy() + expected, atol=1e-6)
 
 
 # -- scope: tensor --------------------------------------------------------------------------------
