@@ -245,19 +245,27 @@ def _tensor(
             f"{weight.name} is {list(header.shape)} in {model} but {list(first.shape)} in the base "
             f"{base.name}: {hint}"
         )
-    coefficients = {}
-    for model, values in task.input_parameters.items():
-        if model == base.name or model not in task.inputs:
-            continue
-        given = Coefficients(values.get("weight"), values.get("density"))
-        cell = table.lookup(model, role) if table is not None else Coefficients()
-        coefficients[model] = cell.over(given)
+    coefficients = coefficients_of(task, role, table, base.name)
     dtype = weight.force_dtype or config.out_dtype or config.dtype
     dtype = dtype or (_DTYPES.get(first.dtype, "float32") if first is not None else "float32")
     return PlannedTensor(
         weight.name, role, first.shape if first is not None else None, dtype, inputs, coefficients,
         task.parameters, task.input_parameters, tuple(converted),
     )  # fmt: skip
+
+
+def coefficients_of(
+    task: compat.PlannedTask, role: Role, table: Table | None, base: str
+) -> dict[str, Coefficients]:
+    """Weight and density of every expert in a tensor, from the table or the recipe."""
+    coefficients = {}
+    for model, values in task.input_parameters.items():
+        if model == base or model not in task.inputs:
+            continue
+        given = Coefficients(values.get("weight"), values.get("density"))
+        cell = table.lookup(model, role) if table is not None else Coefficients()
+        coefficients[model] = cell.over(given)
+    return coefficients
 
 
 def _cut(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

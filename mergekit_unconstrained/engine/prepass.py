@@ -10,6 +10,7 @@ content of the files.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,8 +19,9 @@ from typing import Any
 
 import torch
 
+from mergekit_unconstrained.catalog import entry_for
 from mergekit_unconstrained.engine.files import replacing
-from mergekit_unconstrained.engine.plan import PlannedTensor
+from mergekit_unconstrained.engine.plan import Plan, PlannedTensor
 from mergekit_unconstrained.errors import ModelError, NonFiniteError, RecipeError
 from mergekit_unconstrained.numerics.quantiles import Selection, Summary
 
@@ -91,6 +93,16 @@ Needs = Callable[[Sequence[PlannedTensor]], tuple[Measure, ...]]
 """What a method wants to know of the whole model, () for nothing."""
 
 
+def needs_of(method: str) -> Needs | None:
+    """What a method asks for, by its catalogue entry; None for nothing."""
+    entry = entry_for(method)
+    if entry is None or not entry.needs:
+        return None
+    module, _, name = entry.needs.partition(":")
+    needs: Needs = getattr(importlib.import_module(module), name)
+    return needs
+
+
 def of_model(tensors: Sequence[PlannedTensor]) -> bool:
     """Whether a recipe says `scope: model`; RecipeError where it says so of a part only."""
     scopes = {t.parameters["scope"] for t in tensors}
@@ -148,6 +160,14 @@ def kept(
         rows = {name: {k: asdict(s) for k, s in rows.items()} for name, rows in found.items()}
         stream.write(json.dumps(rows).encode())
     return found
+
+
+def widest(plan: Plan) -> torch.dtype:
+    """The dtype in which differences of a plan's parents are formed: float32 or float64."""
+    names = {plan.config.dtype} if plan.config.dtype else {
+        header.dtype for p in (plan.base, *plan.experts) for header in (p.tensors or {}).values()
+    }  # fmt: skip
+    return torch.float64 if names & {"F64", "float64", "torch.float64"} else torch.float32
 
 
 def widened(measures: Sequence[Measure], dtype: torch.dtype) -> tuple[Measure, ...]:

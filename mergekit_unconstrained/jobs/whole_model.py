@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from mergekit_unconstrained import __version__, compat, present
-from mergekit_unconstrained.catalog import entry_for
 from mergekit_unconstrained.compat import MergeOptions
 from mergekit_unconstrained.engine import prepass
 from mergekit_unconstrained.engine.digest import sha256
@@ -16,19 +13,9 @@ from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.resources import cache_dir
 
 
-def needs_of(method: str) -> prepass.Needs | None:
-    """What a method asks for, by its catalogue entry; None for nothing."""
-    entry = entry_for(method)
-    if entry is None or not entry.needs:
-        return None
-    module, _, name = entry.needs.partition(":")
-    needs: prepass.Needs = getattr(importlib.import_module(module), name)
-    return needs
-
-
 def measures_of(plan: Plan) -> tuple[prepass.Measure, ...]:
     """What the method of a plan wants to know; RecipeError where that cannot be found out."""
-    needs = needs_of(plan.method.spec.name)
+    needs = prepass.needs_of(plan.method.spec.name)
     measures = needs(plan.tensors) if needs is not None else ()
     if measures and (plan.config.tokenizer or plan.config.tokenizer_source):
         place = ("tokenizer",) if plan.config.tokenizer else ("tokenizer_source",)
@@ -37,7 +24,7 @@ def measures_of(plan: Plan) -> tuple[prepass.Measure, ...]:
             "and `scope: model` looks at the parents as they are: give the parents one tokenizer "
             "first, or set `scope: tensor`"
         )
-    return prepass.widened(measures, widest(plan))
+    return prepass.widened(measures, prepass.widest(plan))
 
 
 def statistics(plan: Plan, options: MergeOptions) -> prepass.Statistics | None:
@@ -91,11 +78,3 @@ def loader(plan: Plan, options: MergeOptions) -> prepass.Load:
         return found if dtype is None else found.to(dtype)
 
     return load
-
-
-def widest(plan: Plan) -> torch.dtype:
-    """The dtype in which differences of a plan's parents are formed: float32 or float64."""
-    names = {plan.config.dtype} if plan.config.dtype else {
-        header.dtype for p in (plan.base, *plan.experts) for header in (p.tensors or {}).values()
-    }  # fmt: skip
-    return torch.float64 if names & {"F64", "float64", "torch.float64"} else torch.float32

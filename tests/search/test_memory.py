@@ -167,6 +167,8 @@ CASES = [
     ("llama", "float32", "task_arithmetic", {"out_dtype": "bfloat16"}),
     ("gpt2", "float32", "ties", {"parameters": {"rescale": "inverse", "normalize": False}}),
     ("qwen2", "float32", "ties", {"parameters": {"rescale": "l1", "precision": "float64"}}),
+    ("llama", "bfloat16", "ties", {"parameters": {"scope": "model"}}),
+    ("qwen2", "float32", "breadcrumbs", {"parameters": {"scope": "model"}, "dtype": "bfloat16"}),
 ]
 
 
@@ -208,6 +210,8 @@ UPSTREAM = [
     ("qwen2", "bfloat16", "linear", {}),
     ("llama", "float32", "slerp", {"dtype": "bfloat16"}),
     ("gpt2", "bfloat16", "nuslerp", {"dtype": "float32"}),
+    ("llama", "bfloat16", "ties_global", {"dtype": "float32"}),
+    ("qwen2", "float32", "ties_global", {}),
 ]
 
 
