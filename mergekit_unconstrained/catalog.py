@@ -195,6 +195,7 @@ CATALOG: dict[str, CatalogEntry] = {
             ),
             paper=("Parameter Competition Balancing for Model Merging (arXiv 2410.02396)"),
             url="https://arxiv.org/abs/2410.02396",
+            needs="mergekit_unconstrained.methods.pcb:needs",
         ),
         CatalogEntry(
             name="widen",
@@ -246,6 +247,7 @@ CATALOG: dict[str, CatalogEntry] = {
                 "(arXiv 2501.01230)"
             ),
             url="https://arxiv.org/abs/2501.01230",
+            needs="mergekit_unconstrained.methods.doge:needs",
             cost="matrices",
         ),
     )

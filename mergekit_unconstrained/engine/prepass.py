@@ -111,6 +111,17 @@ def of_model(tensors: Sequence[PlannedTensor]) -> bool:
     return scopes == {"model"}
 
 
+def one_value(tensors: Sequence[PlannedTensor], parameter: str) -> Any:
+    """A parameter that `scope: model` needs once for all; RecipeError where it varies."""
+    values = {t.parameters[parameter] for t in tensors}
+    if len(values) > 1:
+        raise RecipeError(
+            f"`{parameter}` must be one for the whole merge with `scope: model`: no gradient, no "
+            "`filter`"
+        )
+    return values.pop()
+
+
 def measure(
     measures: Sequence[Measure],
     tensors: Sequence[PlannedTensor],

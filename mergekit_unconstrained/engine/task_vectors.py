@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish, is_quiet, role_of
 from mergekit_unconstrained.numerics.operators import pieces
-from mergekit_unconstrained.numerics.roles import GROUPS
+from mergekit_unconstrained.numerics.roles import GROUPS, Role
 
 MATRIX_KINDS = frozenset({*GROUPS["attention"], *GROUPS["mlp"], "other"})
 SECONDS_WITHOUT_BAR = 3
@@ -74,10 +74,13 @@ def is_matrix(group: TensorGroup, d: torch.Tensor) -> bool:
     kind inside a layer and unnamed ones count; with NaN or infinity there is no decomposition, so
     such a tensor does not count, and `finish` reports it unless the recipe allows it.
     """
-    role = role_of(group.metadata)
-    named = bool(group.metadata.name)
-    placed = role.kind in MATRIX_KINDS and (role.layer is not None or not named)
+    placed = not group.metadata.name or is_matrix_role(role_of(group.metadata))
     return d.ndim == 3 and d.numel() > 0 and placed and is_finite(d)
+
+
+def is_matrix_role(role: Role) -> bool:
+    """Whether a tensor with this role, where it is 2-D, is a matrix of attention or MLP."""
+    return role.layer is not None and role.kind in MATRIX_KINDS
 
 
 def is_finite(d: torch.Tensor) -> bool:

@@ -13,8 +13,9 @@ MLP:
     D = sum_i l_i (d_i + X) * mask_i                                                        (5)
 
 Every other tensor stays at the base. In (4) the authors take the magnitudes of all their matrices
-together: scope `model`. With scope `tensor`, ours, they are those of one matrix. `>=` keeps one
-entry more than int(n top), and all that are equal to the last.
+together: scope `model`, for which every parent is read twice before the merge (engine/prepass.py).
+With scope `tensor`, ours, they are those of one matrix. `>=` keeps one entry more than int(n top),
+and all that are equal to the last.
 
 Ours: an expert that did not change a matrix has l_i = 0, and directions of zero singular value are
 none of (2); of a single U_i, whose singular values are all 1, B has the first columns; top 0 keeps
@@ -27,6 +28,8 @@ four more matrices of the tensor's shape, float32.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -40,17 +43,30 @@ from mergekit_unconstrained.compat import (
     TensorGroup,
     merge_method,
 )
+from mergekit_unconstrained.engine.context import measured
+from mergekit_unconstrained.engine.plan import PlannedTensor
+from mergekit_unconstrained.engine.prepass import (
+    Chunk,
+    Measure,
+    Rows,
+    magnitudes,
+    of_model,
+    one_value,
+)
 from mergekit_unconstrained.engine.task_vectors import (
     add,
     is_finite,
     is_matrix,
+    is_matrix_role,
     step_bar,
     task_vectors,
 )
 from mergekit_unconstrained.numerics.descent import adam
+from mergekit_unconstrained.numerics.quantiles import Summary
 from mergekit_unconstrained.numerics.svd import thin_svd
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+MAGNITUDES = "doge: |d| of the matrices"
 
 
 class Disturbance:
@@ -82,13 +98,28 @@ def shared_subspace(d: torch.Tensor, subspace: int) -> torch.Tensor:
     return B[:, : smaller // subspace].to(d.dtype)
 
 
-def magnitude_threshold(magnitudes: torch.Tensor, top: float) -> float:
-    """The smallest magnitude that Eq. (4) keeps, of all n of an expert, in any shape."""
-    n = magnitudes.numel()
-    if top <= 0:
-        return torch.inf
-    k = n - int(n * top)
-    return float(magnitudes.flatten().kthvalue(k).values) if k > 0 else 0.0
+def threshold_rank(top: float, n: int) -> int | None:
+    """Which of n sorted magnitudes, 0 the smallest, is the least that Eq. (4) keeps.
+
+    None for none of them; -1 where all are kept.
+    """
+    return n - int(n * top) - 1 if top > 0 else None
+
+
+def own_threshold(d_i: torch.Tensor, top: float) -> float:
+    """The least magnitude that Eq. (4) keeps of one task vector."""
+    rank = threshold_rank(top, d_i.numel())
+    if rank is None or rank < 0:
+        return torch.inf if rank is None else 0.0
+    return float(d_i.abs().flatten().kthvalue(rank + 1).values)
+
+
+def found_threshold(summary: Summary, top: float) -> float:
+    """The same of all matrices of an expert, by the pre-pass."""
+    rank = threshold_rank(top, summary.count)
+    if rank is None or rank < 0:
+        return torch.inf if rank is None else 0.0
+    return summary.entries[rank]
 
 
 def masked_sum(
@@ -118,7 +149,7 @@ def doge(
     steps: Annotated[int, Field(ge=0)] = 400,
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4,
     subspace: Annotated[int, Field(ge=1)] = 6,  # the shared one has min(m, n) / subspace dimensions
-    scope: Literal["tensor"] = "tensor",  # noqa: ARG001 (of the thresholds)
+    scope: Literal["tensor", "model"] = "model",  # of the thresholds
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (5) for one tensor in float32 or wider; the base's shape and dtype."""
@@ -128,11 +159,30 @@ def doge(
     if not is_matrix(group, d):
         # The base; of a tensor with NaN the mean, which shows where it is.
         return add(group, d.mean(dim=0) if not is_finite(d) else torch.zeros_like(d[0]), lambda_)
+    if scope == "model":
+        found = measured(MAGNITUDES)
+        thresholds = [found_threshold(found[str(e.id)], top) for e in group.non_base]
+    else:
+        thresholds = [own_threshold(d_i, top) for d_i in d]
     norms = d.double().flatten(1).norm(dim=1)
     l = torch.where(norms > 0, eta / norms, 0.0).to(d.dtype)
     loss = Disturbance(d, l, shared_subspace(d, subspace))
     with step_bar(group, steps) as count:
         name = group.metadata.name or ""
         X = adam(torch.zeros_like(d[0]), loss, steps, learning_rate, name=name, on_step=count)
-    thresholds = [magnitude_threshold(d_i.abs(), top) for d_i in d]
     return add(group, masked_sum(d, X, l, thresholds), lambda_)
+
+
+def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:
+    """With `scope: model`, the magnitude at which the matrices of every expert are cut."""
+    if not of_model(tensors):
+        return ()
+    rank_of = functools.partial(threshold_rank, one_value(tensors, "top"))
+
+    def ranks(_: str, n: int) -> set[int]:
+        return {r for r in (rank_of(n),) if r is not None and r >= 0}
+
+    def of_matrices(chunk: Chunk) -> Rows:
+        return magnitudes(chunk) if len(chunk.shape) == 2 else {}  # not of a bias
+
+    return (Measure(MAGNITUDES, of_matrices, ranks, covers=lambda t: is_matrix_role(t.role)),)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from safetensors.torch import load_file
 
 
 def adam(
@@ -51,3 +55,29 @@ def vectors(count: int, *shape: int, seed: int = 0, size: float = 0.1) -> list[n
 def stacked(d: list[np.ndarray], dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Task vectors as the methods take them, [N, ...]."""
     return torch.from_numpy(np.stack(d)).to(dtype)
+
+
+def run_recipe(
+    folder: Path, models: Any, method: str, own: Any = None, **parameters: Any
+) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """What mergekit-yaml makes of some tiny models, float32, and the parents, the base first.
+
+    own: parameters of every expert.
+    """
+    from mergekit_unconstrained import compat
+
+    from mergekit.merge import run_merge  # isort: skip
+
+    recipe = {
+        "merge_method": method,
+        "base_model": str(models.base),
+        "models": [{"model": str(e), "parameters": dict(own or {})} for e in models.experts],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+    config = compat.MergeConfiguration.model_validate(recipe)
+    options = compat.MergeOptions(write_model_card=False, copy_tokenizer=False, quiet=True)
+    run_merge(config, str(folder), options, config_source=yaml.safe_dump(recipe))
+    parents = [load_file(p / "model.safetensors") for p in (models.base, *models.experts)]
+    merged = {k: t for f in folder.glob("*.safetensors") for k, t in load_file(f).items()}
+    return merged, [{k: t.float() for k, t in p.items()} for p in parents]

@@ -42,7 +42,7 @@ PARAMETERS: dict[str, list[Parameters]] = {
     "pcb": [{"variant": "language"}, {"variant": "vision"}],
     "wudi": [{"steps": 20}],
     "optmerge": [{"solver": "adam", "steps": 20}, {"solver": "exact"}],
-    "doge": [{"steps": 20}],
+    "doge": [{"steps": 20, "scope": "tensor"}],
     "ties_global": [{"scope": "tensor"}],
     "dare_exact": [{"combine": "linear", "drop": 0.5}, {"combine": "ties", "drop": 0.5}],
     "varm": [{"granularity": "tensor"}, {"granularity": "element"}],

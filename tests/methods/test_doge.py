@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adam_reference import adam, orthonormal, slope, stacked, vectors
+from adam_reference import adam, orthonormal, run_recipe, slope, stacked, vectors
 
+from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.methods.doge import (
     Disturbance,
-    magnitude_threshold,
+    own_threshold,
     shared_subspace,
 )
 
@@ -120,9 +122,9 @@ def test_without_steps_and_mask_it_adds_vectors_of_equal_length() -> None:
 @pytest.mark.parametrize(("top", "kept"), [(0.0, 0), (0.25, 3), (0.5, 6), (0.99, 10), (1.0, 10)])
 def test_one_entry_more_than_the_fraction_is_kept(top: float, kept: int) -> None:
     magnitudes = torch.arange(1.0, 11)
-    assert int((magnitudes >= magnitude_threshold(magnitudes, top)).sum()) == kept
+    assert int((magnitudes >= own_threshold(magnitudes, top)).sum()) == kept
     equal = torch.ones(4)
-    assert int((equal >= magnitude_threshold(equal, top)).sum()) == (4 if top else 0)
+    assert int((equal >= own_threshold(equal, top)).sum()) == (4 if top else 0)
 
 
 @pytest.mark.parametrize("parameters", [{"eta": 0.0}, {"top": 0.0}, {"lambda": 0.0}])
@@ -144,3 +146,30 @@ def test_what_is_no_matrix_of_a_layer_stays_at_the_base(name: str) -> None:
     d = stacked(vectors(3, 5, 4))
     assert not bool(merge(d, name).any())
     assert bool(merge(d).any())
+
+
+def test_scope_model_cuts_all_matrices_at_one_magnitude(
+    make_tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without steps D is the sum of the kept entries; Qwen2 has biases, which do not count."""
+    monkeypatch.setenv("MERGEKIT_UNCONSTRAINED_CACHE", str(tmp_path / "cache"))
+    models = make_tiny("qwen2", experts=2)
+    found, (base, *experts) = run_recipe(tmp_path / "out", models, "doge", steps=0, top=0.25)
+    matrices = [k for k in base if "layers" in k and base[k].ndim == 2]
+    d = [{k: (e[k] - base[k]).double().numpy() for k in matrices} for e in experts]
+    least = []
+    for d_i in d:
+        ordered = np.sort(np.abs(np.concatenate([x.ravel() for x in d_i.values()])))
+        least.append(ordered[len(ordered) - len(ordered) // 4 - 1])
+    for name, tensor in found.items():
+        expected = base[name].double().numpy()
+        if name in matrices:
+            for d_i, smallest in zip(d, least, strict=True):
+                kept = np.abs(d_i[name]) >= smallest
+                expected = expected + 0.07 * kept * d_i[name] / np.linalg.norm(d_i[name])
+        np.testing.assert_allclose(tensor.double().numpy(), expected, atol=1e-7, err_msg=name)
+
+
+def test_scope_model_needs_the_model() -> None:
+    with pytest.raises(RecipeError, match="scope: tensor"):
+        merge(stacked(vectors(2, 4, 4)), scope="model")

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from adam_reference import stacked, vectors
+from adam_reference import run_recipe, stacked, vectors
 
-from mergekit_unconstrained.methods.pcb import pcb_vector
+from mergekit_unconstrained.errors import RecipeError
+from mergekit_unconstrained.methods.pcb import Variant, own_bounds, pcb_vector
 
 from mergekit.merge_methods import merge_tensors  # isort: skip
 
 VARIANTS = ["language", "vision"]
+
+
+def merged(
+    d: torch.Tensor, weights: torch.Tensor, density: float, variant: Variant
+) -> torch.Tensor:
+    """D with scope `tensor`."""
+    return pcb_vector(d, weights, variant, *own_bounds(d, density, variant))
 
 
 def bounded(values: list[float], low: int, high: int) -> tuple[list[float], float, float]:
@@ -67,7 +76,7 @@ def reference(
 def test_it_is_the_definition(count: int, size: int, density: float, variant: str) -> None:
     d = vectors(count, size, size=1.0)
     weights = [1.0, 0.5, 1.2, -1.0, 0.8][:count]
-    found = pcb_vector(stacked(d), torch.tensor(weights, dtype=torch.float64), density, variant)
+    found = merged(stacked(d), torch.tensor(weights, dtype=torch.float64), density, variant)
     expected = reference([d_i.tolist() for d_i in d], weights, density, variant)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
 
@@ -76,7 +85,7 @@ def test_it_is_the_definition(count: int, size: int, density: float, variant: st
 def test_the_quantiles_of_many_entries(variant: str) -> None:
     """20,000 entries: language clamps two at the lower end and three at the upper."""
     d = vectors(2, 20_000, size=1.0)
-    found = pcb_vector(stacked(d), torch.ones(2).double(), 0.1, variant)
+    found = merged(stacked(d), torch.ones(2).double(), 0.1, variant)
     expected = reference([d_i.tolist() for d_i in d], [1.0, 1.0], 0.1, variant)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
     magnitudes = np.sort(np.abs(d[1]))  # twice as large as those of d[0]
@@ -87,7 +96,7 @@ def test_the_quantiles_of_many_entries(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_more_than_the_density_compete(variant: str) -> None:
     d = stacked(vectors(1, 1000))
-    kept = pcb_vector(d, torch.ones(1).double(), 0.1, variant) != 0
+    kept = merged(d, torch.ones(1).double(), 0.1, variant) != 0
     assert int(kept.sum()) == 99  # of a hundred the least is the quantile itself
     largest = d[0].abs().argsort(descending=True)
     assert bool(kept[largest[:99]].all())
@@ -97,10 +106,10 @@ def test_no_more_than_the_density_compete(variant: str) -> None:
 def test_signs_and_order_of_entries_go_through(variant: str) -> None:
     d = stacked(vectors(3, 200))
     weights = torch.tensor([1.0, 2.0, 0.5]).double()
-    once = pcb_vector(d, weights, 0.3, variant)
+    once = merged(d, weights, 0.3, variant)
     flips = torch.where(torch.arange(200) % 3 == 0, -1.0, 1.0).double()
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    turned = pcb_vector((d * flips)[:, order], weights, 0.3, variant)
+    turned = merged((d * flips)[:, order], weights, 0.3, variant)
     torch.testing.assert_close(turned, (once * flips)[order])
 
 
@@ -108,7 +117,7 @@ def test_signs_and_order_of_entries_go_through(variant: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_equal_magnitudes_do_not_divide_by_zero(value: float, variant: str) -> None:
     d = torch.full((2, 8), value).double()
-    assert bool((pcb_vector(d, torch.ones(2).double(), 0.5, variant) == 0).all())
+    assert bool((merged(d, torch.ones(2).double(), 0.5, variant) == 0).all())
 
 
 def merge(d: torch.Tensor, **parameters: Any) -> torch.Tensor:
@@ -118,7 +127,7 @@ def merge(d: torch.Tensor, **parameters: Any) -> torch.Tensor:
 
 def test_a_tensor_is_one_vector_and_weight_scales_an_experts_entries() -> None:
     d = stacked(vectors(2, 6, 7), torch.float32)
-    flat = pcb_vector(d.reshape(2, -1), torch.tensor([1.0, 3.0]), 0.1, "language")
+    flat = merged(d.reshape(2, -1), torch.tensor([1.0, 3.0]), 0.1, "language")
     torch.testing.assert_close(merge(d, weight=[1.0, 3.0], **{"lambda": 0.5}), flat.view(6, 7) / 2)
     everything = merge(d, density=1.0, weight=[1.0, 3.0])
     torch.testing.assert_close(merge(d, density=1.0, weight=[2.0, 6.0]), 2 * everything)
@@ -134,3 +143,28 @@ def test_density_zero_is_the_base() -> None:
 def test_an_impossible_parameter_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
         merge(torch.ones(1, 4), **wrong)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scope_model_takes_the_whole_model_for_one_vector(
+    variant: Variant, tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEKIT_UNCONSTRAINED_CACHE", str(tmp_path / "cache"))
+    settings = {"variant": variant, "density": 0.2, "scope": "model", "lambda": 0.5}
+    found, (base, *experts) = run_recipe(tmp_path / "out", tiny_models, "pcb", **settings)
+    names = sorted(base)
+    d = torch.stack([torch.cat([(e[k] - base[k]).flatten() for k in names]) for e in experts])
+    whole = 0.5 * merged(d, torch.ones(len(experts)), 0.2, variant)
+    parts = whole.split([base[k].numel() for k in names])
+    for name, part in zip(names, parts, strict=True):
+        expected = base[name] + part.view(base[name].shape)
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+    kept = torch.cat([(found[k] != base[k]).flatten() for k in names])
+    assert 0.15 < float(kept.double().mean()) < 0.6
+
+
+def test_scope_model_needs_the_model_and_one_density(tiny_models: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="scope: tensor"):
+        merge(torch.ones(1, 4), scope="model")
+    with pytest.raises(RecipeError, match="`density` must be one"):
+        run_recipe(tmp_path, tiny_models, "pcb", density=[0.1, 0.5], scope="model")
