@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.catalog import CATALOG
 from mergekit_unconstrained.engine.context import MergeContext, using
+from mergekit_unconstrained.errors import NonFiniteError
 from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.numerics.roles import role_from_name
 
@@ -347,3 +348,99 @@ def test_a_tensor_that_one_expert_alone_has_is_passed_through(
     merged = run_yaml(recipe(name, parameters, *paths), tmp_path)
     assert torch.equal(merged["lm_head.weight"], load(paths[1])["lm_head.weight"])
     assert merged.keys() == names
+
+
+# -- hard inputs ----------------------------------------------------------------------------------
+
+
+@every_method
+@pytest.mark.parametrize("count", [2, 5])
+def test_equal_experts_move_the_base_along_what_they_share(
+    name: str, parameters: Parameters, count: int
+) -> None:
+    """Where they agree to leave an entry alone it stays, and nothing is turned around."""
+    tensors = models(1)
+    tensors["expert0"][3:, :] = tensors["base"][3:, :]
+    one = tensors.pop("expert0")
+    merged = merge(
+        name, parameters, tensors | {f"expert{i}": one.clone() for i in range(able(name, count))}
+    )
+    d, moved = one - tensors["base"], merged - tensors["base"]
+    assert bool(torch.isfinite(merged).all())
+    assert float((d * moved).sum()) >= 0
+    assert float(moved[3:].abs().max()) < 1e-5
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (1, 2), (2, 1)], ids=str)
+def test_more_experts_than_a_matrix_has_rows(
+    name: str, parameters: Parameters, shape: tuple[int, ...]
+) -> None:
+    assert bool(torch.isfinite(merge(name, parameters, models(able(name, 5), shape))).all())
+
+
+@every_method
+def test_experts_of_wildly_different_scales(name: str, parameters: Parameters) -> None:
+    tensors = models(able(name, 4))
+    for i, scale in zip(range(len(tensors) - 1), (1e-7, 1e7, 1e-2, 1e3), strict=False):
+        tensors[f"expert{i}"] = tensors["base"] + scale * (tensors[f"expert{i}"] - tensors["base"])
+    assert bool(torch.isfinite(merge(name, parameters, tensors)).all())
+
+
+@every_method
+def test_fractions_may_be_zero_and_one(name: str, parameters: Parameters) -> None:
+    for spec in compat.get(name).spec.parameters:
+        if spec.name not in ("density", "top", "rank_fraction", "select_topk", "drop"):
+            continue
+        if name == "layerwise" and spec.name not in parameters:
+            continue
+        for fraction in (0.0, 1.0):
+            if spec.name == "rank_fraction" and not fraction:
+                continue  # a rank of at least one
+            merged = merge(name, {**parameters, spec.name: fraction}, models(able(name, 3)))
+            assert bool(torch.isfinite(merged).all()), (spec.name, fraction)
+
+
+@every_method
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_entry_is_named_or_let_through_where_that_is_allowed(
+    name: str, parameters: Parameters, bad: float
+) -> None:
+    tensors = models(able(name, 3))
+    tensors["expert1"][2, 5] = bad
+    if "dare" not in name + str(parameters):  # which may drop it
+        with pytest.raises(NonFiniteError, match=r"expert1 holds NaN or infinity in 1 of 144"):
+            merge(name, parameters, tensors)
+    with using(MergeContext(allow_nan=True)):
+        merged = merge(name, parameters, tensors)
+    if name in WHOLE_MATRIX:
+        assert not bool(torch.isfinite(merged[2, 5]))
+        merged[2, 5] = 0
+        assert bool(torch.isfinite(merged).all())
+
+
+FIRST = [case for i, case in enumerate(CASES) if case.values[0] not in
+         {c.values[0] for c in CASES[:i]}]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "parameters"), FIRST)
+def test_lambda_and_weight_may_differ_from_layer_to_layer(
+    name: str, parameters: Parameters, make_tiny: Any, tmp_path: Path
+) -> None:
+    """Zero in the first layer, which keeps the base; one in the last, as without a gradient."""
+    specs = {p.name: p for p in compat.get(name).spec.parameters}
+    tiny = make_tiny("llama", experts=2, num_hidden_layers=2)
+    base = load(tiny.base)
+    plain = recipe(name, parameters, tiny.base, *tiny.experts)
+    usual = run_yaml({**plain, "dtype": "float32"}, tmp_path)
+    for key in {"lambda", "weight"} & specs.keys():
+        merged = dict(plain["parameters"]) | {key: [0.0, parameters.get(key, 1.0)]}
+        folder = tmp_path / key
+        folder.mkdir()
+        found = run_yaml({**plain, "dtype": "float32", "parameters": merged}, folder)
+        default = specs[key].default
+        for tensor, value in found.items():
+            if "layers.0" in tensor:
+                assert torch.equal(value, base[tensor].float()), (key, tensor)
+            elif "layers.1" in tensor and (key == "weight" or default == 1 or name == "layerwise"):
+                torch.testing.assert_close(value, usual[tensor], msg=f"{key} {tensor}")
