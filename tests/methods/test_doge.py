@@ -10,12 +10,16 @@ import pytest
 import torch
 from adam_reference import adam, orthonormal, run_recipe, slope, stacked, vectors
 
+from mergekit_unconstrained.engine import prepass
+from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.methods.doge import (
     Disturbance,
+    needs,
     own_threshold,
     shared_subspace,
 )
+from mergekit_unconstrained.numerics.roles import role_from_name
 
 from mergekit.merge_methods import merge_tensors  # isort: skip
 
@@ -173,3 +177,21 @@ def test_scope_model_cuts_all_matrices_at_one_magnitude(
 def test_scope_model_needs_the_model() -> None:
     with pytest.raises(RecipeError, match="scope: tensor"):
         merge(stacked(vectors(2, 4, 4)), scope="model")
+
+
+def test_the_whole_model_means_its_matrices() -> None:
+    shapes = {"layers.0.self_attn.q_proj.weight": (4, 4), "layers.0.self_attn.q_proj.bias": (90,),
+              "embed_tokens.weight": (9, 9), "layers.0.mlp.up_proj.weight": (2, 3)}  # fmt: skip
+    given = {"scope": "model", "top": 0.5}
+    inputs = {"base": "", "expert": ""}
+    tensors = [
+        PlannedTensor(n, role_from_name(n), s, "float32", inputs, parameters=given)
+        for n, s in shapes.items()
+    ]
+
+    def load(model: str, tensor: PlannedTensor) -> torch.Tensor:
+        return torch.full(shapes[tensor.name], float(model == "expert") * len(tensor.name))
+
+    (found,) = prepass.measure(needs(tensors), tensors, "base", load).values()
+    assert found["expert"].count == 16 + 6
+    assert found["expert"].entries == {10: len("layers.0.self_attn.q_proj.weight")}

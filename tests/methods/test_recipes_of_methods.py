@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from mergekit_unconstrained import compat, jobs
 from mergekit_unconstrained.catalog import CATALOG, entry_for
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "methods").glob("*.yml"))
@@ -33,6 +34,7 @@ def test_a_recipe_merges_a_tiny_model(
     make_tiny: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from mergekit.scripts.run_yaml import main
 
@@ -46,6 +48,9 @@ def test_a_recipe_merges_a_tiny_model(
     if "steps" in recipe.get("parameters", {}):
         recipe["parameters"]["steps"] = 3
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    if architecture == "llama":  # the plan tries every kernel on a sample, for the time it takes
+        jobs.show_plan(str(tmp_path / "recipe.yml"), None, compat.MergeOptions(quiet=True))
+        assert " on this machine" in capsys.readouterr().out.replace("\n", " ")
     arguments = [str(tmp_path / "recipe.yml"), str(tmp_path / "out"), "--quiet"]
     result = CliRunner().invoke(main, [*arguments, "--no-write-model-card", "--no-copy-tokenizer"])
     assert result.exit_code == 0, result.output or result.exception
