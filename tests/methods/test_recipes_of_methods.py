@@ -16,6 +16,9 @@ from mergekit_unconstrained.catalog import CATALOG, entry_for
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "methods").glob("*.yml"))
 
+SMALL = {"steps": 3, "bottom": 1, "top": 1, "transition": 0}
+"""What makes sense of a large model only, or takes long: parameter -> value for a tiny one."""
+
 
 def merge_methods() -> set[str]:
     return {yaml.safe_load(path.read_text())["merge_method"] for path in RECIPES}
@@ -45,8 +48,8 @@ def test_a_recipe_merges_a_tiny_model(
     recipe["base_model"] = str(models.base)
     for model, folder in zip(recipe["models"], models.experts, strict=True):
         model["model"] = str(folder)
-    if "steps" in recipe.get("parameters", {}):
-        recipe["parameters"]["steps"] = 3
+    parameters = recipe.get("parameters", {})
+    parameters.update({key: value for key, value in SMALL.items() if key in parameters})
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     if architecture == "llama":  # the plan tries every kernel on a sample, for the time it takes
         jobs.show_plan(str(tmp_path / "recipe.yml"), None, compat.MergeOptions(quiet=True))
