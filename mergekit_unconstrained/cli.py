@@ -9,7 +9,7 @@ import click
 
 from mergekit_unconstrained import __version__
 from mergekit_unconstrained.cli_evaluation import evaluate, select
-from mergekit_unconstrained.cli_search import search
+from mergekit_unconstrained.cli_search import compare, search
 
 MERGEKIT_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """For commands that pass mergekit-yaml's own options on to mergekit."""
@@ -79,6 +79,7 @@ def plan(ctx: click.Context, recipe: str, out: Path | None) -> None:
 main.add_command(evaluate)
 main.add_command(select)
 main.add_command(search)
+main.add_command(compare)
 
 
 @main.command()
