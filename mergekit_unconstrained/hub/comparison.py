@@ -213,21 +213,27 @@ def rows(found: Comparison) -> str:
 
 
 def draw(found: Comparison, path: Path) -> None:
-    """The objective against processor time, one point a method, and lines for the parents."""
+    """The objective against processor time: a numbered point a method, lines for the parents."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.6, 5.6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9.2, 6.0), layout="constrained")
+    axes, names = figure.subplots(1, 2, width_ratios=[3.4, 1])
+    names.set_axis_off()
     shown = [
-        (e, found.objective(e))
-        for e in found.ranked
-        if not e.is_parent and not e.failure and not math.isnan(e.seconds)
+        (entry, found.objective(entry))
+        for entry in found.ranked
+        if not entry.is_parent and not entry.failure and not math.isnan(entry.seconds)
     ]
-    for kind, colour in (("ours", "C0"), ("mergekit", "C1")):
-        points = [(e.seconds, m.mean, Z * m.error) for e, m in shown if e.kind == kind]
-        if points:
-            x, y, half = zip(*points, strict=True)
-            axes.errorbar(x, y, half, fmt="o", ms=4, lw=0.7, alpha=0.8, color=colour, label=kind)
+    colours = {"ours": "C0", "mergekit": "C1"}
+    for place, (entry, mean) in enumerate(shown, 1):
+        colour, half, above = colours[entry.kind], Z * mean.error, 2 + 0.01 * (len(shown) - place)
+        point = (entry.seconds, mean.mean)
+        axes.errorbar(*point, half, fmt="o", ms=11, mfc="white", lw=0.6, color=colour, zorder=above)
+        text = {"fontsize": 6.5, "color": colour, "va": "center", "zorder": above}
+        axes.annotate(str(place), point, ha="center", **text)
+        names.text(0, 1 - place / (len(shown) + 2), f"{place}  {entry.name}", **text)
+    names.text(0, 1, "ours", color="C0", fontsize=8.5, weight="bold", va="center")
+    names.text(0.3, 1, "mergekit", color="C1", fontsize=8.5, weight="bold", va="center")
     for entry in (e for e in found.entries if e.is_parent):
         level = found.objective(entry).mean
         if not math.isnan(level):
@@ -236,23 +242,6 @@ def draw(found: Comparison, path: Path) -> None:
                           fontsize=7, ha="right", va="bottom", color="0.3")  # fmt: skip
     if shown:
         axes.set_xscale("log")
-        _label(axes, [(e.name, e.seconds, m.mean) for e, m in shown])
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set_xlabel("processor seconds of the merge")
-    axes.set_ylabel("objective on the test split")
+    axes.set_ylabel("objective on the test split, with 95 % intervals")
     figure.savefig(path, dpi=130)
-
-
-def _label(axes: object, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names beside their points, from top to bottom and far enough apart to be read."""
-    low, high = axes.get_ylim()  # type: ignore[attr-defined]
-    gap = (high - low) / 42
-    last = math.inf
-    for index, (name, x, y) in enumerate(sorted(points, key=lambda p: -p[2])):
-        last = min(y, last - gap)
-        side = 1 if index % 2 else -1
-        axes.annotate(  # type: ignore[attr-defined]
-            name, (x, y), xytext=(x * 1.25**side, last), fontsize=6.5, va="center",
-            ha="left" if side > 0 else "right",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6"},
-        )  # fmt: skip
