@@ -174,14 +174,14 @@ def _job(settings: SearchSettings, tasks: Sequence[Task], merge: Plan) -> str:
     free = {"budget", "time", "finalists", "baselines", "batch_size", "memory", "device"}
     content = [
         settings.model_dump(mode="json", exclude=free),
-        _digest([t for t in tasks if t.weight > 0], "search"),
+        digest_of([t for t in tasks if t.weight > 0], "search"),
         files_hash((merge.base, *merge.experts)),
         __version__,
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _digest(tasks: Sequence[Task], split: Split) -> str:
+def digest_of(tasks: Sequence[Task], split: Split) -> str:
     """What the scores on a split depend on beside the model: rules, examples, weights of tasks."""
     content = [
         [t.name, t.key, t.weight, [[e.id, e.digest] for e in t.examples(split)]]
@@ -220,13 +220,13 @@ def search(
     _check_out(out)
     work = work_of(out)
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as note, _keeping(work):
+    with (work / "lock").open("w") as note, keeping(work):
         staging.lock(note, work)
         searcher = prepare(plan, options)
         opened = open_storage(storage, work / "journal.log")
         studies = run_studies(plan, searcher, opened, shared=storage is not None, lead=True)
         kept = {
-            split: Kept(work / f"{split}.json", plan.job + _digest(plan.tasks, split))
+            split: Kept(work / f"{split}.json", plan.job + digest_of(plan.tasks, split))
             for split in LATER
         }
         chosen = choose(searcher, studies, kept["development"], progress)
@@ -237,7 +237,7 @@ def search(
 
 
 @contextmanager
-def _keeping(work: Path) -> Iterator[None]:
+def keeping(work: Path) -> Iterator[None]:
     """Say what is kept when the disk is full."""
     try:
         yield
@@ -284,18 +284,7 @@ def prepare(plan: SearchPlan, options: MergeOptions) -> Searcher:
         device=s.device or "auto",
         batch_size=s.batch_size,
     )
-    config = plan.merge.config
-    architecture = compat.get_architecture_info(config, options)
-    out_config = compat.output_config(config, architecture, options.trust_remote_code)
-    parents = {p.reference: p.tensors for p in (base, *plan.merge.experts) if p.tensors is not None}
-
-    def planner(config: MergeConfiguration) -> list[compat.PlannedTask]:
-        return compat.plan_tasks(config, architecture, options, out_config, parents)
-
-    budget = int(psutil.virtual_memory().available * s.memory)
-    with progress("reading the parents", len(plan.merge.tensors)) as advance:
-        load = compat.stored_tensors(options)
-        live = LiveMerge(plan.merge, subject.model, load, planner, budget, advance)
+    live = live_merge(plan.merge, subject, options, s.memory)
     given = plan.spaces
     spaces = Spaces(*(fixing_unused(one, live) for one in (given.searched, given.tied, given.free)))
     if not len(spaces.searched.genome):
@@ -305,6 +294,22 @@ def prepare(plan: SearchPlan, options: MergeOptions) -> Searcher:
     display.print_genome(spaces.searched, live)
     subject.weights = ""
     return Searcher(s, spaces, live, subject, plan.tasks)
+
+
+def live_merge(merge: Plan, subject: Subject, options: MergeOptions, memory: float) -> LiveMerge:
+    """The parents of a merge, read as far as a share of this machine's memory holds them."""
+    config, parents = merge.config, (merge.base, *merge.experts)
+    architecture = compat.get_architecture_info(config, options)
+    out_config = compat.output_config(config, architecture, options.trust_remote_code)
+    headers = {p.reference: p.tensors for p in parents if p.tensors is not None}
+
+    def planner(config: MergeConfiguration) -> list[compat.PlannedTask]:
+        return compat.plan_tasks(config, architecture, options, out_config, headers)
+
+    budget = int(psutil.virtual_memory().available * memory)
+    with progress("reading the parents", len(merge.tensors)) as advance:
+        load = compat.stored_tensors(options)
+        return LiveMerge(merge, subject.model, load, planner, budget, advance)
 
 
 # -- studies --------------------------------------------------------------------------------------
