@@ -13,12 +13,13 @@ from mergekit_unconstrained.hub.facts import CardFacts
 from mergekit_unconstrained.hub.provenance import WEIGHTS, Provenance
 
 BY_HAND = (
-    "The numbers of the recipe were written by its author; this program searched for none. What "
-    "the author says of them is in the comments of the recipe and of the table, if anything."
+    "The numbers of the recipe were written by its author, and no search of this program chose "
+    "them; what the author says of how they were found is in the comments of the recipe and of the "
+    "table below, if anything."
 )
 FUSED_BY_HAND = (
-    "The settings are the recipe's own; this program searched for none. The held-out conversations "
-    "were not trained on."
+    "The settings are the recipe's own, and no search of this program chose them; the author's "
+    "comments below say how, if anything does. The held-out conversations were not trained on."
 )
 
 
@@ -51,7 +52,7 @@ def card_facts(folder: Path, known: Provenance | None = None) -> CardFacts:
         evaluation=results.scores_in(folder),
         evaluated_on=_evaluated_on(folder),
         fusion=known.fusion,
-        data=known.data,
+        data=(*known.data, *results.data_in(folder)),
         chosen=_chosen(folder, known),
         report="report.md" if (folder / "report.md").is_file() else None,
         quantised=known.quantised,
