@@ -87,6 +87,12 @@ def varies(facts: CardFacts) -> str:
 
 def told_method(facts: CardFacts) -> str:
     """What the method did in this model; the catalogue's words where it has no choices."""
+    if facts.fusion is not None:
+        teachers = listed([teacher.name for teacher in facts.fusion.teachers])
+        return (
+            f"what {teachers} say of the next token, position by position, is the target towards "
+            f"which {facts.fusion.pivot} was fine-tuned on {facts.fusion.dataset}"
+        )
     if facts.method.operator is None or not any(p.weight for p in facts.experts):
         return facts.method.summary
     thinned = re.search(r"\bdensity\b", f"{facts.recipe}\n{facts.coefficients or ''}")

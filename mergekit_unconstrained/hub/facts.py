@@ -338,7 +338,7 @@ def unknowns(facts: CardFacts) -> tuple[str, ...]:
     if weighted and not any(d.role == CHOSEN_ON for d in facts.data):
         found.append(
             "On which data the coefficients were chosen, if on any, and under which licence that "
-            "is: nothing but comments of the recipe and of the table could tell."
+            "is: only the author's comments could tell."
         )
     unlicensed = [d.name for d in facts.data if not d.licence and d.rows]
     if unlicensed:

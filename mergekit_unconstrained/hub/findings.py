@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mergekit_unconstrained.hub.facts import THIS_MODEL, CardFacts, Score
+from mergekit_unconstrained.hub.facts import THIS_MODEL, CardFacts, Score, listed
 
 LOWER_IS_BETTER = ("bits per byte", "perplexity")
 BEYOND_CHANCE = 2.0
@@ -19,6 +19,7 @@ BEYOND_CHANCE = 2.0
 FEW = 30
 """Of fewer examples the standard errors themselves are said to be rough."""
 SFT = "SFT on the same data"
+TARGET = "target of "
 
 
 def reading(facts: CardFacts) -> tuple[str, ...]:
@@ -28,7 +29,7 @@ def reading(facts: CardFacts) -> tuple[str, ...]:
     if any(metric.startswith("nats") for metric in metrics):
         found.append("Nats are log-likelihoods: nearer to zero is better.")
     rows = {score.model for score in facts.evaluation}
-    if any(row.startswith("target of ") for row in rows) and facts.fusion is not None:
+    if any(row.startswith(TARGET) for row in rows) and facts.fusion is not None:
         found.append("target of X: the pivot trained on the targets of X alone, before the merge.")
     if SFT in rows:
         found.append(f"{SFT}: the pivot fine-tuned without any teacher, all else alike.")
@@ -42,21 +43,20 @@ def _rule(facts: CardFacts) -> tuple[str, ...]:
     if not others:
         return ()
     if all(paired):
-        which = "paired over the same examples"
+        which = "a paired one, over the same examples"
     elif any(paired):
         which = (
-            "paired over the same examples where the scores of single ones are at hand, and as of "
-            "independent samples elsewhere"
+            "a paired one, over the same examples, where the scores of single ones are at hand, "
+            "elsewhere one of independent samples"
         )
     else:
         which = (
-            "as of independent samples, since the scores of single examples are not at hand; "
-            "paired ones would be sharper"
+            "one of independent samples, since the scores of single examples are not at hand; a "
+            "paired one would be sharper"
         )
     found = [
-        f"Differences are told in their standard errors, {which}; from two of these on a "
-        "difference counts as more than chance. Nothing was corrected for the number of "
-        "comparisons."
+        f"A difference counts as more than chance from two of its standard errors on ({which}), "
+        "for better and worse alike; nothing is corrected for the number of comparisons."
     ]
     few = sorted({s.n for s in facts.evaluation if s.n is not None and s.n < FEW})
     if few:
@@ -68,52 +68,65 @@ def finding(facts: CardFacts) -> tuple[str, ...]:
     """A sentence for every task: this model beside its base, its best parent and the baselines."""
     found = []
     for own in _own(facts):
-        others = _others(facts, own)
         said = []
-        for what, names in _groups(facts):
-            rows = [s for s in others if s.model in names]
-            if not rows:
-                continue
-            best = max(rows, key=lambda s: _sign(own) * s.value)
-            name = f"{what}, {best.model}," if len(rows) > 1 else what.replace("best ", "")
-            said.append(f"{_verdict(own, best)} {name}".rstrip(","))
+        for what, best_of, rows in _groups(facts, _others(facts, own)):
+            best = max(rows, key=lambda s: _sign(own) * s.value, default=None)
+            if best is not None:
+                name = f"{best_of} {rows[best]}" if len(rows) > 1 else what
+                said.append(_verdict(own, best, name))
         if said:
-            sentence = "; ".join(said)
-            on = "" if own.n is None else f" (n = {own.n})"
-            found.append(f"{own.task}{on}: this model is {sentence}.")
+            on = "these examples" if own.n is None else f"these {own.n:,} examples"
+            found.append(f"{own.task}: on {on} this model is {listed(said)}.")
     return tuple(found)
 
 
-def _groups(facts: CardFacts) -> list[tuple[str, set[str]]]:
-    """What this model is compared with, and the rows that are of it."""
-    base, experts = facts.base, [p.name for p in facts.experts]
-    rows = {s.model for s in facts.evaluation}
-    own = {f"{base.role} {base.name}", base.name} if base is not None else set()
-    teachers = {row for row in rows if row.startswith("source ")} if facts.fusion else set()
-    parents = teachers | {row for row in rows if row in experts} - own
+def _groups(facts: CardFacts, others: Sequence[Score]) -> list[tuple[str, str, dict[Score, str]]]:
+    """What this model is compared with: words for one of the kind, words for the best of several,
+    and the rows that are of it, with the names that sentences give them.
+    """
+    base = facts.base
+    role, own = (base.role, {base.name, f"{base.role} {base.name}"}) if base else ("base", set())
+    kind = "source" if facts.fusion is not None else "expert"
+    experts = {p.name for p in facts.experts} if kind == "expert" else set()
+    pivots: dict[Score, str] = {}
+    parents: dict[Score, str] = {}
+    tuned: dict[Score, str] = {}
+    targets: dict[Score, str] = {}
+    uniform: dict[Score, str] = {}
+    for row in others:
+        name = row.model
+        if name in own:
+            pivots[row] = name
+        elif name in experts or name.startswith("source "):
+            parents[row] = name.removeprefix("source ")
+        elif name == SFT:
+            tuned[row] = name
+        elif name.startswith(TARGET):
+            targets[row] = name.removeprefix(TARGET)
+        elif name.startswith("uniform"):
+            uniform[row] = name
     return [
-        (f"its {base.role}" if base is not None else "", own),
-        ("its best source" if facts.fusion else "its best expert", parents),
-        ("plain fine-tuning on the same data", {SFT}),
-        ("its best single target", {row for row in rows if row.startswith("target of ")}),
-        ("the best uniform merge", {row for row in rows if row.startswith("uniform")}),
+        (f"its {role}", f"its {role}", pivots),
+        (f"its {kind}", f"its best {kind}", parents),
+        ("plain fine-tuning on the same data", "", tuned),
+        ("its single target", "its best single target, that of", targets),
+        ("the uniform merge", "the best uniform merge,", uniform),
     ]
 
 
-def _verdict(own: Score, other: Score) -> str:
-    """`better than`, `worse than` or what cannot be said, with the distance."""
-    gap = -_behind(own, other)
-    error = _error(own, other)
+def _verdict(own: Score, other: Score, name: str) -> str:
+    """`better than ...`, `worse than ...` or what cannot be said, with the distance."""
+    gap, error = -_behind(own, other), _error(own, other)
     if not gap:
-        return "as good as"
+        return f"as good as {name}"
     if not error:
-        return f"{'above' if gap > 0 else 'below'} (by how much more than chance is not known)"
+        return f"{'ahead of' if gap > 0 else 'behind'} {name} (how surely is not known)"
     distance = f"{abs(gap) / error:.1f} standard errors"
     if abs(gap) >= BEYOND_CHANCE * error:
-        return f"{'better' if gap > 0 else 'worse'} ({distance}) than"
+        return f"{'better' if gap > 0 else 'worse'} than {name} ({distance})"
     if gap > 0:
-        return f"not better beyond chance ({distance} above) than"
-    return f"not better ({distance} below, may be chance) than"
+        return f"not better than {name} beyond chance ({distance} ahead)"
+    return f"not better than {name} ({distance} behind, which may be chance)"
 
 
 def worse(facts: CardFacts) -> tuple[str, ...]:

@@ -13,13 +13,13 @@ from mergekit_unconstrained.hub.facts import CardFacts
 from mergekit_unconstrained.hub.provenance import WEIGHTS, Provenance
 
 BY_HAND = (
-    "The numbers of the recipe were written by its author, and no search of this program chose "
-    "them; what the author says of how they were found is in the comments of the recipe and of the "
-    "table below, if anything."
+    "The numbers of the recipe were written by its author: no search of this program chose them; "
+    "the author's comments below say how they were found, if anything does."
 )
 FUSED_BY_HAND = (
-    "The settings are the recipe's own, and no search of this program chose them; the author's "
-    "comments below say how, if anything does. The held-out conversations were not trained on."
+    "The settings are the recipe's own: no search of this program chose them; the author's "
+    "comments below say how they were found, if anything does. The held-out conversations were not "
+    "trained on."
 )
 
 

@@ -244,7 +244,8 @@ def licence_warnings(plan: FusionPlan) -> tuple[str, ...]:
 def _teacher(member: Member, made: Stages, licence: str | None) -> facts.Teacher:
     alignment = made.alignments[member.name].results
     shares: list[dict[str, float]] = [stage.results["won"] for stage in made.targets.values()]
-    won = next((s for s in shares if member.name in s), {})
+    # Of a mixture nobody wins anything.
+    won = next((s for s in shares if member.name in s and "mixture" not in s), {})
     return facts.Teacher(
         name=member.name,
         licence=licence,

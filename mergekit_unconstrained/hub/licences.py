@@ -174,6 +174,10 @@ class _Fold:
             self._raise("review", reason)
             self.duties |= set(rule.all_duties)
             self.beginnings.add((rule.beginning, rule.name))
+            self.following.add(
+                f"{rule.name}, the licence of {name}, puts duties on a model trained on its "
+                "outputs, but does not say that it stands under this licence."
+            )
         elif rule.outputs == "unclear":
             strict = rule.family == "no derivatives"
             self._raise("conflict" if strict else "review", reason)
@@ -236,7 +240,7 @@ class _Fold:
             return ()
         others = sorted(rule.name for rule in self.binding if rule != chosen)
         if not others:
-            return (f"{chosen.name} is the only licence that binds this model.",)
+            return (f"Every model whose terms bind this one is under {chosen.name}.",)
         said = f"{chosen.name} governs since it demands whatever {_listed(others)} "
         said += "demands" if len(others) == 1 else "demand"
         if chosen not in self.binding:
