@@ -177,6 +177,7 @@ def compare(
     of every method; the same command goes on after whatever ended it. Further OPTIONS are
     mergekit-yaml's own.
     """
+    _check(file, {"budget": budget, "allow_code": allow_code})
     _jobs()
     from mergekit_unconstrained.jobs import comparing
 

@@ -226,10 +226,10 @@ def draw(found: Comparison, path: Path) -> None:
     ]
     colours = {"ours": "C0", "mergekit": "C1"}
     for place, (entry, mean) in enumerate(shown, 1):
-        colour, half, above = colours[entry.kind], Z * mean.error, 2 + 0.01 * (len(shown) - place)
+        colour, half, above = colours[entry.kind], Z * mean.error, 2 + len(shown) - place
         point = (entry.seconds, mean.mean)
         axes.errorbar(*point, half, fmt="o", ms=11, mfc="white", lw=0.6, color=colour, zorder=above)
-        text = {"fontsize": 6.5, "color": colour, "va": "center", "zorder": above + 0.005}
+        text = {"fontsize": 6.5, "color": colour, "va": "center", "zorder": above + 0.2}
         axes.annotate(str(place), point, ha="center", **text)
         names.text(0, 1 - place / (len(shown) + 2), f"{place}  {entry.name}", **text)
     names.text(0, 1, "ours", color="C0", fontsize=8.5, weight="bold", va="center")

@@ -59,14 +59,13 @@ def compare(
     if out.is_file():
         raise OutputError(f"{out} is a file: name a folder")
     wanted = contenders(methods)
-    plan = searching.plan_search(
-        path, out / "given", options, budget=budget or BUDGET, allow_code=allow_code
-    )
+    plan = searching.plan_search(path, options, budget=budget or BUDGET, allow_code=allow_code)
     if not any("test" in t.splits() for t in plan.tasks):
         plan.document.fail(("tasks",), "no task has a `test` split: there is nothing to compare on")
     display.print_plan(plan, wanted)
     if dry_run:
         return
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as note, searching.keeping(out):
         staging.lock(note, out)
         entries = _entries(plan, wanted, out, options)
@@ -158,7 +157,7 @@ def _entry(
 
     def tune() -> dict[str, Any]:
         torch.manual_seed(s.seed)  # mergekit's random methods draw from it
-        merge = searching.merge_plan(space, folder / "start", options)
+        merge = searching.merge_plan(plan.document, space, options)
         live = searching.live_merge(merge, subject, options, s.memory)
         fixed = fixing_unused(space, live) if len(space.genome) else space
         searcher = Searcher(s, Spaces(fixed, fixed, fixed), live, subject, plan.tasks)

@@ -92,6 +92,12 @@ class LiveMerge:
 
     def _hold(self, planned: PlannedTensor, target: torch.Tensor) -> None:
         parents = self._read(planned)
+        if not parents:
+            raise ModelError(
+                f"{planned.name} is put together of several tensors of {self.plan.base.name}'s "
+                "files when they are loaded, as the experts of a mixture are: a search cannot "
+                "merge it in memory; choose such a model's coefficients by hand"
+            )
         base = parents.get(self.plan.base.name)
         changed = frozenset(
             model
@@ -351,14 +357,8 @@ def _targets(model: Any, plan: Plan) -> dict[str, torch.Tensor]:
     covered = {t.data_ptr() for t in found.values()}
     lost = [name for name, t in model.named_parameters() if t.data_ptr() not in covered]
     if lost:
-        why = (
-            "transformers makes one tensor of a mixture's experts when it loads them, which a "
-            "search cannot write yet: choose coefficients by hand, or search a dense model"
-            if "expert" in lost[0]
-            else "its checkpoint is converted when it is loaded"
-        )
         raise ModelError(
             f"{plan.base.name} cannot be merged in memory: no merged tensor belongs to "
-            f"{lost[0]} (and {len(lost) - 1} more) of the live model; {why}"
+            f"{lost[0]} (and {len(lost) - 1} more) of the live model"
         )
     return found
