@@ -122,8 +122,9 @@ def _public(results: Mapping[str, Any]) -> dict[str, Any]:
     hidden = ("feed", "report", "summary", "folder", "model")
     timed = ("tokens_per_second", "outside_forward")
     shown = {k: v for k, v in results.items() if k not in (*hidden, *timed)}
-    if isinstance(held_out := shown.get("held_out"), Mapping):
-        shown["held_out"] = {k: v for k, v in held_out.items() if k != "parts"}
+    for part in ("train", "held_out"):
+        if isinstance(scored := shown.get(part), Mapping):  # not of every conversation
+            shown[part] = {k: v for k, v in scored.items() if k != "parts"}
     return shown
 
 

@@ -95,6 +95,11 @@ def test_the_folder_explains_itself(fused: Fused) -> None:
     assert str(fused.folder) not in card + (fused.out / "fusion.json").read_text()
     measured = json.loads((fused.out / "fusion.json").read_text())["held_out_bits_per_byte"]
     assert measured["pivot pivot"]["n"] == 5
+    others = [score["paired"] for model, score in measured.items() if model != "this model"]
+    assert len(others) == len(measured) - 1
+    assert all(error > 0 for error in others)
+    assert '"parts":' not in (fused.out / "fusion.json").read_text()  # of single conversations
+    assert "a paired one, over the same examples" in card
     assert "this model" in measured
     assert "per_second" not in (fused.out / "fusion.json").read_text()  # equal runs, equal files
 
