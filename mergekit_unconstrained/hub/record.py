@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ CHANGING_FLAGS = (
     "random_seed",
 )
 """mergekit's options that change what comes out, or whether it does."""
+HOW = {"engine", "memory_budget", "verify"}
+"""Job options that say how, and change nothing of what comes out."""
 PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
 
@@ -54,11 +56,12 @@ def describe(
     seconds: float,
     options: MergeOptions,
     found_by: Found | None = None,
+    written: Mapping[str, str] | None = None,
 ) -> None:
     """Write everything but the weights into a finished output folder.
 
     digests: of plan.files. seconds: what the merge took. found_by: the search that chose the
-    coefficients.
+    coefficients. written: sha256 of the output's files where it is known already.
     """
     parents = {p.name: p for p in (plan.base, *plan.experts)}
     recipe = pinned_recipe(plan.document, parents, plan.table is not None)
@@ -68,7 +71,9 @@ def describe(
         table = clean(plan.table.document.text or "", parents)
         (folder / TABLE).write_text(table, encoding="utf-8")
     if options.write_model_card:
-        found = card_facts(plan, folder, title, digests, seconds, options, recipe, table)
+        found = card_facts(
+            plan, folder, title, digests, seconds, options, recipe, table, written or {}
+        )
         if found_by is not None:
             found = dataclasses.replace(
                 found, evaluation=found_by.scores, searched=found_by.sentence
@@ -89,6 +94,7 @@ def card_facts(
     options: MergeOptions,
     recipe: str,
     table: str | None,
+    written: Mapping[str, str],
 ) -> facts.CardFacts:
     """Everything the card of a finished folder says; the arguments as in `describe`."""
     has_weights = any(c.weight is not None for e in plan.coefficients.values() for c in e.values())
@@ -99,7 +105,10 @@ def card_facts(
         recipe=recipe,
         command=shlex.join(["mergekit-yaml", RECIPE, "OUT", *_flags(options)]),
         versions=versions(),
-        outputs=tuple(file_facts(f) for f in weight_files(folder)),
+        outputs=tuple(
+            facts.WeightFile(f.name, written.get(f.name) or sha256(f), f.stat().st_size)
+            for f in weight_files(folder)
+        ),
         recipe_name=RECIPE,
         coefficients=table,
         coefficients_name=TABLE,
@@ -140,7 +149,7 @@ def _method(plan: Plan) -> facts.Method:
         paper=entry.paper if entry else "",
         url=spec.reference_url or "",
         operator=str(operator) if operator and operator != VARIES else None,
-        parameters=shown | plan.job.model_dump(exclude_defaults=True),
+        parameters=shown | plan.job.model_dump(exclude_defaults=True, exclude=HOW),
     )
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from mergekit_unconstrained import __version__, compat, present
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent
-from mergekit_unconstrained.engine import staging
+from mergekit_unconstrained.engine import journal, staging, streaming
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
 from mergekit_unconstrained.hub import record
 from mergekit_unconstrained.resources import cache_dir
 
+LOG = logging.getLogger(__name__)
 RunMerge = Callable[..., Any]
 
 
@@ -69,13 +71,14 @@ def run_job(
         present.print_plan(plan, out)
         return
     staging.check_out(out)
-    staging.check_space(out, int(plan.out_bytes * 1.02))
-    digests = BackgroundDigests(plan.files)
+    if not staging.partial_of(out).exists():
+        staging.check_space(out, int(plan.out_bytes * 1.02))
+    digests = BackgroundDigests(plan.files if options.write_model_card else ())
     try:
-        with staging.staged(out, _job_hash(plan)) as partial:
-            merge_into(partial, run_merge, plan, options)
+        with staging.staged(out, _job_hash(plan), journal.NAME) as partial:
+            written = _merge_weights(partial, run_merge, plan, options)
             seconds = time.monotonic() - started
-            record.describe(plan, partial, out.name, digests, seconds, options, found_by)
+            record.describe(plan, partial, out.name, digests, seconds, options, found_by, written)
             finishing(partial)
     finally:
         digests.close()
@@ -85,6 +88,17 @@ def run_job(
 
 def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOptions) -> None:
     """Write a plan's merged weights, config and tokenizer into a folder, without a card."""
+    _merge_weights(folder, run_merge, plan, options)
+    streaming.forget(folder)
+
+
+def _merge_weights(
+    folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOptions
+) -> Mapping[str, str]:
+    """Merge by the streaming engine, or by mergekit's executor where that cannot.
+
+    Gives file name -> sha256 where the engine knows them; its journal stays in the folder.
+    """
     compat.forget_loaders()
     run_options = apply_adapters((plan.base, *plan.experts), options).model_copy(
         update={
@@ -94,7 +108,32 @@ def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOpti
     )
     out_dtype = compat.dtype_from_name(plan.config.out_dtype)
     with using(MergeContext(plan.roles, plan.job.allow_nan, out_dtype)):
+        reason = ""
+        if plan.job.engine == "streaming":
+            reason = streaming.refusal(plan, run_options) or ""
+            if not reason:
+                try:
+                    return _stream(folder, plan, run_options)
+                except streaming.CannotStreamError as error:
+                    reason = str(error)
+            LOG.warning("merging with mergekit's executor, which cannot be resumed: %s", reason)
+        streaming.clear(folder)
         run_merge(plan.config.model_copy(deep=True), str(folder), run_options, None)
+    return {}
+
+
+def _stream(folder: Path, plan: Plan, options: MergeOptions) -> Mapping[str, str]:
+    """Merge by the engine of this package, with a bar."""
+    files = [f for p in (plan.base, *plan.experts) for f in (*p.weight_files, *p.adapter_files)]
+    states = {str(f): f.stat() for f in files}
+    identity = {
+        "the recipe": _job_hash(plan),
+        "this package's version": __version__,
+        "inputs": {f: [s.st_size, s.st_mtime_ns] for f, s in states.items()},
+    }
+    total = 0 if options.quiet else plan.out_bytes
+    with present.byte_progress("merging", total) as advance:
+        return streaming.merge(plan, folder, options, identity, advance)
 
 
 def apply_adapters(parents: Sequence[Parent], options: MergeOptions) -> MergeOptions:
@@ -119,10 +158,12 @@ def apply_adapters(parents: Sequence[Parent], options: MergeOptions) -> MergeOpt
 
 
 def _job_hash(plan: Plan) -> str:
-    """What makes two jobs the same: recipe, coefficient table, parents' files, version."""
+    """What makes two jobs the same: recipe and coefficient table.
+
+    The journal of a merge holds the parents' files and the version beside it.
+    """
     table = plan.table.document.text if plan.table is not None else None
-    identity = files_hash((plan.base, *plan.experts))
-    content = json.dumps([plan.document.data, table, identity, __version__], default=str)
+    content = json.dumps([plan.document.data, table], default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
