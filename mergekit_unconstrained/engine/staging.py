@@ -74,10 +74,11 @@ def staged(out: Path, job: str, resumable: str | None = None) -> Iterator[Path]:
             yield partial
         if resumable is not None:
             (partial / resumable).unlink(missing_ok=True)
-        (partial / NOTE).unlink()
         if out.is_dir():
             out.rmdir()  # empty: check_out saw to that
         partial.rename(out)
+        # Last: a kill just before it leaves a note too many, not a folder that nobody recognises.
+        (out / NOTE).unlink()
     except BaseException as error:
         full = disk_full(error)
         lasting = full or isinstance(error, KeyboardInterrupt | MemoryError)

@@ -12,7 +12,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from mergekit_unconstrained.engine.journal import Journal, JournalError
 from mergekit_unconstrained.engine.layout import Layout, Output, lay_out
 from mergekit_unconstrained.engine.plan import Plan
 from mergekit_unconstrained.engine.source import Input, MappedLoader, map_parents
-from mergekit_unconstrained.engine.writer import Writer, verify
+from mergekit_unconstrained.engine.writer import UNFINISHED, Writer, verify
 from mergekit_unconstrained.errors import OutputError
 
 LOG = logging.getLogger(__name__)
@@ -122,10 +122,10 @@ def forget(folder: Path) -> None:
     (folder / journal.NAME).unlink(missing_ok=True)
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier merge left in a folder, but for the note that locks it."""
+def clear(folder: Path, keep: Container[str] = ()) -> None:
+    """Remove the files that an earlier merge left in a folder, but for the note that locks it."""
     for file in folder.iterdir() if folder.exists() else ():
-        if file.is_file() and file.name != staging.NOTE:
+        if file.is_file() and file.name != staging.NOTE and file.name not in keep:
             file.unlink()
 
 
@@ -198,8 +198,8 @@ def _run(
         except JournalError as error:
             say(f"{folder} was left by an unfinished merge, but {error}: starting over")
     folder.mkdir(parents=True, exist_ok=True)
-    if not finished:
-        clear(folder)
+    shards = {name for s in layout.shards for name in (s.name, s.name + UNFINISHED)}
+    clear(folder, keep={journal.NAME, *shards} if finished else set())
     writer = Writer(folder, layout)
     notes = None
     try:
