@@ -6,9 +6,9 @@ with O the base model, or zero where a method has none. SLERP, its kin, the Karc
 Stock all stay in the span of their inputs, so one pass over the tensors gives G and a second one
 the result, however often a method iterates: what it iterates on are n coefficients.
 
-G is summed in float64 from float32 offsets, never from differences of inner products of the tensors
+G is summed in float64 from the offsets, never from differences of inner products of the tensors
 themselves, which cancel. The coefficients are float64, the combination is float32 (float64 for
-float64 tensors). mergekit does the same in the tensors' own dtype, over whole tensors at every step.
+float64 tensors). mergekit does the same in the tensors' own dtype, over whole tensors at each step.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def combine(
 
 
 # -- f(G) of every method -------------------------------------------------------------------------
-# The letters: n norms, u = x / n units, w weights, m a mean direction. The thresholds are mergekit's.
+# n: norms, u = x / n: units, w: weights, m: a mean direction. The thresholds are mergekit's.
 
 
 def slerp(g: np.ndarray, t: float, threshold: float = 0.9995) -> list[float]:
@@ -103,8 +103,8 @@ def multislerp(g: np.ndarray, weights: Sequence[float], eps: float = 1e-8) -> li
         if len(w) == 2:
             return [float(x) for x in w]
         raise ModelError(
-            "multislerp: the weighted sum of these tensors is zero, so they have no mean direction: "
-            "choose other weights"
+            "multislerp: the weighted sum of these tensors is zero, so they have no mean "
+            "direction: choose other weights"
         )
     m /= length
     dots = scale * (g @ m)  # <u_i, m>
