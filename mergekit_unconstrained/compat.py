@@ -108,6 +108,7 @@ __all__ = [
     "forget_loaders",
     "get",
     "get_architecture_info",
+    "is_builtin",
     "is_ours",
     "merge_adapter",
     "merge_method",
@@ -124,6 +125,7 @@ __all__ = [
     "stored_name",
     "stored_tensors",
     "tensor_loader",
+    "write_card",
 ]
 
 
@@ -203,6 +205,12 @@ def is_ours(method: MergeMethod) -> bool:
     """Whether a registered method is one of this package."""
     owner = getattr(method, "implementation", type(method))
     return str(owner.__module__).startswith("mergekit_unconstrained.")
+
+
+def is_builtin(method: MergeMethod) -> bool:
+    """Whether a registered method is mergekit's own."""
+    owner = getattr(method, "implementation", type(method))
+    return str(owner.__module__).partition(".")[0] == "mergekit"
 
 
 def mergekit_version() -> str:
@@ -489,6 +497,15 @@ def finish_merge(
             )
     files = architecture.tagalong_files or []
     merge._copy_tagalong_files(config, str(folder), files=files, options=options)
+
+
+def write_card(config: MergeConfiguration, source: str, folder: Path, name: str) -> None:
+    """mergekit's card and copy of the recipe. name: the model's."""
+    from mergekit.card import generate_card
+
+    card = generate_card(config=config, config_yaml=source, name=name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 
 
 def forget_loaders() -> None:

@@ -45,6 +45,10 @@ _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 since nothing is ever written to it."""
 
 
+class CannotStreamError(Exception):
+    """A merge that the streaming engine leaves to mergekit's executor; the message says why."""
+
+
 class MappedFile:
     """One safetensors file in the address space."""
 
@@ -207,9 +211,15 @@ class Input:
 def map_parents(
     references: Iterable[ModelReference], cache: compat.LoaderCache
 ) -> Mapping[ModelReference, MappedLoader]:
-    """Fetch what is not here yet, map every parent's files, and let mergekit read through them."""
+    """Fetch what is not here yet, map every parent's files, and let mergekit read through them.
+
+    CannotStreamError for pickles.
+    """
     loaders = {}
     for reference in references:
-        loaders[reference] = MappedLoader(cache.get(reference).index)
+        index = cache.get(reference).index
+        if not index.is_safetensors:
+            raise CannotStreamError(f"{reference} is a .bin file, which is only read as a whole")
+        loaders[reference] = MappedLoader(index)
         compat.replace_loader(reference, loaders[reference])
     return loaders

@@ -22,12 +22,18 @@ from typing import Any
 import torch
 
 from mergekit_unconstrained import compat
-from mergekit_unconstrained.compat import MergeOptions, ModelReference, PlannedTask
+from mergekit_unconstrained.compat import (
+    MergeConfiguration,
+    MergeOptions,
+    ModelReference,
+    PlannedTask,
+)
+from mergekit_unconstrained.config.recipe import JobOptions
 from mergekit_unconstrained.engine import journal, staging
 from mergekit_unconstrained.engine.journal import Journal, JournalError
 from mergekit_unconstrained.engine.layout import Layout, Output, lay_out
 from mergekit_unconstrained.engine.plan import Plan
-from mergekit_unconstrained.engine.source import Input, MappedLoader, map_parents
+from mergekit_unconstrained.engine.source import CannotStreamError, Input, MappedLoader, map_parents
 from mergekit_unconstrained.engine.writer import UNFINISHED, Writer, verify
 from mergekit_unconstrained.errors import OutputError
 
@@ -36,10 +42,6 @@ WORK_BYTES = 12
 """Bytes an entry that a kernel may take for itself: magnitudes, their partition, a mask ..."""
 WORK_BYTES_EXPERT = 4
 """... and for each expert."""
-
-
-class CannotStreamError(Exception):
-    """A merge that this engine leaves to mergekit's executor; the message says why."""
 
 
 @dataclass
@@ -65,7 +67,34 @@ class Job:
         return 2 * self.in_bytes + self.output.bytes + work
 
 
-def refusal(plan: Plan, options: MergeOptions) -> str | None:
+@dataclass(frozen=True)
+class Work:
+    """What is to be merged, as mergekit's planner and this package's job options say it.
+
+    types: model -> transformers' model type. base: whose files' order is followed, the first
+    model's for None.
+    """
+
+    tasks: Sequence[PlannedTask]
+    types: Mapping[ModelReference, str]
+    base: ModelReference | None
+    config: MergeConfiguration
+    architecture: Any
+    out_config: Any
+    job: JobOptions
+
+    @classmethod
+    def of(cls, plan: Plan) -> Work:
+        """That of a recipe of ours."""
+        parents = (plan.base, *plan.experts)
+        types = {p.reference: getattr(p.config, "model_type", "") for p in parents}
+        base = plan.base.reference
+        return cls(
+            plan.tasks, types, base, plan.config, plan.architecture, plan.out_config, plan.job
+        )
+
+
+def refusal(architecture: Any, options: MergeOptions) -> str | None:
     """Why a merge is left to mergekit's executor, before a file is opened; None for no reason."""
     if not hasattr(os, "pwrite") or not hasattr(mmap, "MAP_PRIVATE"):
         return "this system cannot write at given places of a file"
@@ -73,23 +102,20 @@ def refusal(plan: Plan, options: MergeOptions) -> str | None:
         return "--no-safe-serialization writes pickles"
     if options.multi_gpu:
         return "--multi-gpu is mergekit's own executor for several devices"
-    if getattr(plan.architecture, "post_fill_parameters", False):
+    if getattr(architecture, "post_fill_parameters", False):
         return "mergekit fills in missing parameters of this architecture afterwards"
-    for parent in (plan.base, *plan.experts):
-        if any(file.suffix != ".safetensors" for file in parent.weight_files):
-            return f"{parent.name} is a .bin file, which can only be read as a whole"
     return None
 
 
 def merge(
-    plan: Plan,
+    work: Work,
     folder: Path,
     options: MergeOptions,
     identity: Mapping[str, Any],
     advance: Callable[[int], Any] = lambda _: None,
     say: Callable[[str], Any] = LOG.warning,
 ) -> dict[str, str]:
-    """Write a plan's weights, config and tokenizer into a folder; file name -> sha256.
+    """Write the merged weights, config and tokenizer into a folder; file name -> sha256.
 
     identity: what the journal is held against, `inputs` among it; where the folder holds a journal
     of the same, the merge goes on from there, and otherwise says what is different and begins anew.
@@ -98,22 +124,21 @@ def merge(
     until `forget`.
     """
     cache = compat.set_loader_options(options)
-    references = [p.reference for p in (plan.base, *plan.experts)]
-    loaders = map_parents(references, cache)
-    tokenizers = {t.tokenizer for t in plan.tasks if t.tokenizer is not None}
-    tokenizer = compat.build_tokenizer(tokenizers.pop()) if tokenizers else None
+    tokenizers = {t.tokenizer for t in work.tasks if t.tokenizer is not None}
     try:
-        jobs = _jobs(plan, loaders, tokenizer)
+        loaders = map_parents(work.types, cache)
+        tokenizer = compat.build_tokenizer(tokenizers.pop()) if tokenizers else None
+        jobs = _jobs(work, loaders, tokenizer)
         layout = lay_out([job.output for job in jobs], options.out_shard_size)
-        digests = _run(jobs, layout, tokenizer, plan, folder, options, identity, advance, say)
+        digests = _run(jobs, layout, tokenizer, work.job, folder, options, identity, advance, say)
     finally:
         compat.forget_loaders()
-    if plan.job.verify and (wrong := list(verify(folder, digests))):
+    if work.job.verify and (wrong := list(verify(folder, digests))):
         raise OutputError(
             f"{wrong[0]} does not read back as it was written: the disk or the memory of this "
             "machine is not to be trusted"
         )
-    compat.finish_merge(plan.config, plan.architecture, plan.out_config, folder, options, tokenizer)
+    compat.finish_merge(work.config, work.architecture, work.out_config, folder, options, tokenizer)
     return digests
 
 
@@ -132,22 +157,21 @@ def clear(folder: Path, keep: Container[str] = ()) -> None:
 # -- what is to be done ---------------------------------------------------------------------------
 
 
-def _jobs(plan: Plan, loaders: Mapping[ModelReference, MappedLoader], tokenizer: Any) -> list[Job]:
+def _jobs(work: Work, loaders: Mapping[ModelReference, MappedLoader], tokenizer: Any) -> list[Job]:
     """Every tensor of the output, in the order of the base's files."""
-    types = {p.reference: getattr(p.config, "model_type", "") for p in (plan.base, *plan.experts)}
     jobs = []
-    for task in plan.tasks:
+    for task in work.tasks:
         loads = task.loads
         if any(model not in loaders for model in loads):
             raise CannotStreamError("the recipe names a model in a way that cannot be followed")
-        inputs = {m: Input(load, loaders[m], types[m]) for m, load in loads.items()}
+        inputs = {m: Input(load, loaders[m], work.types[m]) for m, load in loads.items()}
         label = max(i.label for i in inputs.values())
         present = {m: i for m, i in inputs.items() if not i.is_missing}
         if not present or (len(present) < len(inputs) and not task.output.optional):
             raise CannotStreamError(f"{task.output.name} is not in the files of every parent")
         if not task.is_skipped(present):
             jobs.append(Job(task, present, _output(task, present, label, tokenizer)))
-    return sorted(jobs, key=lambda job: _place(job, plan.base.reference))
+    return sorted(jobs, key=lambda job: _place(job, work.base))
 
 
 def _output(
@@ -169,8 +193,8 @@ def _output(
     return Output(task.output.name, tuple(shape), dtype, label)
 
 
-def _place(job: Job, base: ModelReference) -> tuple[str, int]:
-    found = job.inputs.get(base) or next(iter(job.inputs.values()))
+def _place(job: Job, base: ModelReference | None) -> tuple[str, int]:
+    found = (base and job.inputs.get(base)) or next(iter(job.inputs.values()))
     return found.place()
 
 
@@ -181,7 +205,7 @@ def _run(
     jobs: Sequence[Job],
     layout: Layout,
     tokenizer: Any,
-    plan: Plan,
+    settings: JobOptions,
     folder: Path,
     options: MergeOptions,
     identity: Mapping[str, Any],
@@ -207,7 +231,7 @@ def _run(
         notes = Journal(path, identity, new=not done)
         advance(sum(job.output.bytes for job in jobs if job.output.name in done))
         left = [job for job in jobs if job.output.name not in done]
-        _merge_all(left, _Workers(writer, notes, tokenizer, options, advance), plan, options)
+        _merge_all(left, _Workers(writer, notes, tokenizer, options, advance), settings, options)
         notes.sync()
         return writer.finish()
     finally:
@@ -266,12 +290,14 @@ class _Workers:
         return job.footprint
 
 
-def _merge_all(jobs: Sequence[Job], workers: _Workers, plan: Plan, options: MergeOptions) -> None:
+def _merge_all(
+    jobs: Sequence[Job], workers: _Workers, settings: JobOptions, options: MergeOptions
+) -> None:
     """Merge all tensors, as many at a time as there are threads and memory for."""
     threads = options.num_threads or os.cpu_count() or 1
-    budget = plan.job.memory_budget or _half_of_memory()
+    budget = settings.memory_budget or _half_of_memory()
     largest = max((job.footprint for job in jobs), default=0)
-    if plan.job.memory_budget and largest > budget:
+    if settings.memory_budget and largest > budget:
         LOG.warning(
             "the largest tensor alone takes about %.1f GiB, more than memory_budget; it is merged "
             "by itself",

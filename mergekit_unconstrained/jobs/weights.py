@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def _merge_weights(
     with using(MergeContext(plan.roles, plan.job.allow_nan, out_dtype)):
         reason = ""
         if plan.job.engine == "streaming":
-            reason = streaming.refusal(plan, run_options) or ""
+            reason = streaming.refusal(plan.architecture, run_options) or ""
             if not reason:
                 try:
                     return _stream(folder, plan, run_options)
@@ -125,15 +125,20 @@ def _merge_weights(
 def _stream(folder: Path, plan: Plan, options: MergeOptions) -> Mapping[str, str]:
     """Merge by the engine of this package, with a bar."""
     files = [f for p in (plan.base, *plan.experts) for f in (*p.weight_files, *p.adapter_files)]
+    identity = merge_identity(_job_hash(plan), files)
+    total = 0 if options.quiet else plan.out_bytes
+    with present.byte_progress("merging", total) as advance:
+        return streaming.merge(streaming.Work.of(plan), folder, options, identity, advance)
+
+
+def merge_identity(recipe: str, files: Iterable[Path]) -> dict[str, Any]:
+    """What a merge that is gone on with must share with the one before. recipe: its hash."""
     states = {str(f): f.stat() for f in files}
-    identity = {
-        "the recipe": _job_hash(plan),
+    return {
+        "the recipe": recipe,
         "this package's version": __version__,
         "inputs": {f: [s.st_size, s.st_mtime_ns] for f, s in states.items()},
     }
-    total = 0 if options.quiet else plan.out_bytes
-    with present.byte_progress("merging", total) as advance:
-        return streaming.merge(plan, folder, options, identity, advance)
 
 
 def apply_adapters(parents: Sequence[Parent], options: MergeOptions) -> MergeOptions:

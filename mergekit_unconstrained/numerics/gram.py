@@ -46,14 +46,14 @@ def combine(
     flats = [t.reshape(-1) for t in tensors]
     o = None if origin is None else origin.reshape(-1)
     out = torch.empty_like(flats[0])
-    rest = 1 - sum(coefficients)  # O + sum c_i (T_i - O)
     for piece in pieces(out):
-        total = flats[0][piece].to(dtype) * coefficients[0]
-        for flat, c in zip(flats[1:], coefficients[1:], strict=True):
-            total.add_(flat[piece].to(dtype), alpha=c)
-        if o is not None:
-            total.add_(o[piece].to(dtype), alpha=rest)
-        out[piece] = total
+        start = None if o is None else o[piece].to(dtype)
+        total = torch.zeros_like(out[piece], dtype=dtype)
+        for flat, c in zip(flats, coefficients, strict=True):
+            x = flat[piece].to(dtype)
+            # The offset first: small numbers are summed before the large one is added.
+            total.add_(x if start is None else x - start, alpha=c)
+        out[piece] = total if start is None else total.add_(start)
     return out.reshape(first.shape)
 
 
