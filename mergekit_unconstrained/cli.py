@@ -263,9 +263,10 @@ def doctor() -> None:
 
 def _jobs() -> Any:
     """jobs.py, with the hook in place whatever the environment says."""
-    from mergekit_unconstrained import _activate
+    from mergekit_unconstrained import _activate, quick_start
 
     _activate.install()
+    quick_start.prepare()
     from mergekit_unconstrained import jobs
 
     return jobs

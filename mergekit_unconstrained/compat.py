@@ -1,6 +1,6 @@
 """Everything we use of mergekit, in one place: when a release moves something, mend it here.
 
-Only this module and `_activate` import mergekit.
+Only this module, `_activate` and `quick_start` import mergekit.
 """
 
 from __future__ import annotations
@@ -27,10 +27,6 @@ with warnings.catch_warnings():
         WeightInfo,
         arch_info_for_config,
         get_architecture_info,
-    )
-    from mergekit.architecture.conversion import (
-        can_convert_checkpoint_keys,
-        convert_checkpoint_tensors,
     )
     from mergekit.common import ModelPath, ModelReference, dtype_from_name
     from mergekit.config import (
@@ -256,6 +252,8 @@ def stored_name(weight: WeightInfo, available: Container[str]) -> str | None:
 
 def can_convert(model_type: str, available: Iterable[str], weight: WeightInfo) -> bool:
     """Whether mergekit can assemble a weight (fused MoE experts) from a checkpoint's keys."""
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
     keys = list(available)
     targets = (weight.name, *(weight.aliases or ()))
     return any(can_convert_checkpoint_keys(model_type, keys, target) for target in targets)
@@ -458,6 +456,8 @@ def convert(
     model_type: str, sources: Mapping[str, Callable[[], torch.Tensor]], target: str
 ) -> torch.Tensor | None:
     """A weight that a checkpoint holds in another form (fused experts), None where it cannot be."""
+    from mergekit.architecture.conversion import convert_checkpoint_tensors
+
     return convert_checkpoint_tensors(model_type, sources, target)
 
 
