@@ -72,7 +72,7 @@ class Work:
     """What is to be merged, as mergekit's planner and this package's job options say it.
 
     types: model -> transformers' model type. base: whose files' order is followed, the first
-    model's for None.
+    model's for None. hashes: whether the sha256 of the output's files is wanted.
     """
 
     tasks: Sequence[PlannedTask]
@@ -82,15 +82,23 @@ class Work:
     architecture: Any
     out_config: Any
     job: JobOptions
+    hashes: bool = True
 
     @classmethod
-    def of(cls, plan: Plan) -> Work:
+    def of(cls, plan: Plan, *, hashes: bool = True) -> Work:
         """That of a recipe of ours."""
         parents = (plan.base, *plan.experts)
         types = {p.reference: getattr(p.config, "model_type", "") for p in parents}
         base = plan.base.reference
         return cls(
-            plan.tasks, types, base, plan.config, plan.architecture, plan.out_config, plan.job
+            plan.tasks,
+            types,
+            base,
+            plan.config,
+            plan.architecture,
+            plan.out_config,
+            plan.job,
+            hashes,
         )
 
 
@@ -130,7 +138,7 @@ def merge(
         tokenizer = compat.build_tokenizer(tokenizers.pop()) if tokenizers else None
         jobs = _jobs(work, loaders, tokenizer)
         layout = lay_out([job.output for job in jobs], options.out_shard_size)
-        digests = _run(jobs, layout, tokenizer, work.job, folder, options, identity, advance, say)
+        digests = _run(jobs, layout, tokenizer, work, folder, options, identity, advance, say)
     finally:
         compat.forget_loaders()
     if work.job.verify and (wrong := list(verify(folder, digests))):
@@ -205,7 +213,7 @@ def _run(
     jobs: Sequence[Job],
     layout: Layout,
     tokenizer: Any,
-    settings: JobOptions,
+    whole: Work,
     folder: Path,
     options: MergeOptions,
     identity: Mapping[str, Any],
@@ -224,14 +232,14 @@ def _run(
     folder.mkdir(parents=True, exist_ok=True)
     shards = {name for s in layout.shards for name in (s.name, s.name + UNFINISHED)}
     clear(folder, keep={journal.NAME, *shards} if finished else set())
-    writer = Writer(folder, layout)
+    writer = Writer(folder, layout, hashes=whole.hashes or whole.job.verify)
     notes = None
     try:
         done = writer.recheck(finished)
         notes = Journal(path, identity, new=not done)
         advance(sum(job.output.bytes for job in jobs if job.output.name in done))
         left = [job for job in jobs if job.output.name not in done]
-        _merge_all(left, _Workers(writer, notes, tokenizer, options, advance), settings, options)
+        _merge_all(left, _Workers(writer, notes, tokenizer, options, advance), whole.job, options)
         notes.sync()
         return writer.finish()
     finally:

@@ -24,9 +24,11 @@ BLOCK = 1 << 20
 class Writer:
     """The shards of one layout. Every method may be called from any thread."""
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(self, folder: Path, layout: Layout, *, hashes: bool = True) -> None:
+        """hashes: whether the sha256 of the files is wanted."""
         self.layout = layout
         self._folder = folder
+        self._hashes = hashes
         self._shards = [_ShardFile(folder, shard) for shard in layout.shards]
 
     def recheck(self, finished: Mapping[str, str]) -> set[str]:
@@ -50,15 +52,17 @@ class Writer:
 
     def follow(self) -> None:
         """Let the sha256 of all files catch up with what is written, unless another thread does."""
-        for shard in self._shards:
+        for shard in self._shards if self._hashes else ():
             shard.follow(wait=False)
 
     def finish(self) -> dict[str, str]:
-        """Give all files their names; file name -> sha256."""
+        """Give all files their names; file name -> sha256, where it is wanted."""
         digests = {}
         for shard in self._shards:
-            shard.follow(wait=True)
-            digests[shard.name] = shard.finish()
+            if self._hashes:
+                shard.follow(wait=True)
+                digests[shard.name] = shard.digest_of_all()
+            shard.finish()
         if self.layout.index is not None:
             (self._folder / INDEX).write_text(self.layout.index, encoding="utf-8")
         return digests
@@ -132,7 +136,10 @@ class _ShardFile:
         finally:
             self._following.release()
 
-    def finish(self) -> str:
+    def digest_of_all(self) -> str:
+        return self._hash.hexdigest()
+
+    def finish(self) -> None:
         missing = [
             s.output.name for s, done in zip(self._slots, self._done, strict=True) if not done
         ]
@@ -140,7 +147,6 @@ class _ShardFile:
         os.fsync(self._file)
         self.close()
         self._path.rename(self._final)
-        return self._hash.hexdigest()
 
     def close(self) -> None:
         if self._open:

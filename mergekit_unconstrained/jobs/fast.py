@@ -81,7 +81,9 @@ def _work(
     trust = options.trust_remote_code
     types = {r: getattr(r.config(trust_remote_code=trust), "model_type", "") for r in references}
     base = config.base_model
-    return streaming.Work(tasks, types, base, config, architecture, out_config, JobOptions())
+    return streaming.Work(
+        tasks, types, base, config, architecture, out_config, JobOptions(), hashes=False
+    )
 
 
 def _merge(

@@ -113,7 +113,7 @@ def _merge_weights(
             reason = streaming.refusal(plan.architecture, run_options) or ""
             if not reason:
                 try:
-                    return _stream(folder, plan, run_options)
+                    return _stream(folder, plan, run_options, options.write_model_card)
                 except streaming.CannotStreamError as error:
                     reason = str(error)
             LOG.warning("merging with mergekit's executor, which cannot be resumed: %s", reason)
@@ -122,13 +122,14 @@ def _merge_weights(
     return {}
 
 
-def _stream(folder: Path, plan: Plan, options: MergeOptions) -> Mapping[str, str]:
+def _stream(folder: Path, plan: Plan, options: MergeOptions, hashes: bool) -> Mapping[str, str]:
     """Merge by the engine of this package, with a bar."""
     files = [f for p in (plan.base, *plan.experts) for f in (*p.weight_files, *p.adapter_files)]
     identity = merge_identity(_job_hash(plan), files)
     total = 0 if options.quiet else plan.out_bytes
+    work = streaming.Work.of(plan, hashes=hashes)
     with present.byte_progress("merging", total) as advance:
-        return streaming.merge(streaming.Work.of(plan), folder, options, identity, advance)
+        return streaming.merge(work, folder, options, identity, advance)
 
 
 def merge_identity(recipe: str, files: Iterable[Path]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ with O the base model, or zero where a method has none. SLERP, its kin, the Karc
 Stock all stay in the span of their inputs, so one pass over the tensors gives G and a second one
 the result, however often a method iterates: what it iterates on are n coefficients.
 
-G is summed in float64 from the offsets, never from differences of inner products of the tensors
-themselves, which cancel. The coefficients are float64, the combination is float32 (float64 for
-float64 tensors). mergekit does the same in the tensors' own dtype, over whole tensors at each step.
+G is summed in float64 over pieces of the offsets, never from differences of inner products of the
+tensors themselves, which cancel. The coefficients are float64, the combination is float32 (float64
+for float64 tensors). mergekit does the same in the tensors' own dtype, over whole tensors at each
+step.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ def gram(tensors: Sequence[torch.Tensor], origin: torch.Tensor | None = None) ->
     """G of (1), [n, n] float64. tensors, origin: one shape, any float dtypes."""
     flats = [t.reshape(-1) for t in tensors]
     o = None if origin is None else origin.reshape(-1)
+    # A piece of 16-bit numbers is summed in float32: four digits more than its entries have.
+    dtype = torch.float32 if all(f.dtype.itemsize == 2 for f in flats) else torch.float64
     total = np.zeros((len(flats), len(flats)))
     for piece in pieces(flats[0]):
-        x = torch.stack([f[piece] for f in flats]).double()
+        x = [f[piece].to(dtype) for f in flats]
         if o is not None:
-            x.sub_(o[piece].double())
-        total += (x @ x.T).cpu().numpy()
-    return total
+            start = o[piece].to(dtype)
+            x = [x_i - start for x_i in x]
+        for i, x_i in enumerate(x):
+            for j in range(i + 1):
+                total[i, j] += float(torch.dot(x_i, x[j]))
+    return total + np.tril(total, -1).T
 
 
 def combine(
@@ -50,9 +56,9 @@ def combine(
         start = None if o is None else o[piece].to(dtype)
         total = torch.zeros_like(out[piece], dtype=dtype)
         for flat, c in zip(flats, coefficients, strict=True):
-            x = flat[piece].to(dtype)
+            x = flat[piece]
             # The offset first: small numbers are summed before the large one is added.
-            total.add_(x if start is None else x - start, alpha=c)
+            total.add_(x.to(dtype) if start is None else torch.sub(x, start), alpha=c)
         out[piece] = total if start is None else total.add_(start)
     return out.reshape(first.shape)
 

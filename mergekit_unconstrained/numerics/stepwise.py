@@ -83,10 +83,11 @@ def _elected(
     """The sum of what has the sign of the sum, and the sum of its weights, 1 for none."""
     sign = _sum(deltas).float().ge_(0).mul_(2).sub_(1)
     mixed, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for d, weight in zip(deltas, weights.float(), strict=True):
-        agrees = torch.sign(d.float()).eq_(sign)
-        mixed.addcmul_(agrees, d.float())
-        divisor.add_(agrees, alpha=float(weight))
+    for delta, weight in zip(deltas, weights.tolist(), strict=True):
+        d = delta.float()
+        agrees = torch.sign(d).eq_(sign)
+        mixed.addcmul_(agrees, d)
+        divisor.add_(agrees, alpha=weight)
     rounded = divisor.to(deltas[0].dtype)
     return mixed.to(deltas[0].dtype), rounded.add_(rounded.eq(0))
 
@@ -108,22 +109,28 @@ def _mask(base: torch.Tensor, expert: Expert, keep: Keep) -> torch.Tensor | None
         # Without its sign a 16-bit float is an integer that sorts as its magnitude does.
         np.bitwise_and(d.view(torch.int16).numpy().view(np.uint16), 0x7FFF, out=part)
         counts += np.bincount(part, minlength=len(counts))
+    below = np.cumsum(counts)
     if keep == "magnitude":
-        k = sparsify.kept_count(n, expert.density)
-        # The largest first, and of equals the lower index: the smallest of the reversed order.
-        return torch.from_numpy(_lowest(0x7FFF - keys, counts[::-1], k))
-    first, end = sparsify.kept_span(n, expert.density, expert.gamma)
-    return torch.from_numpy(_lowest(keys, counts, end) & ~_lowest(keys, counts, first))
+        lowest = n - sparsify.kept_count(n, expert.density)
+        return torch.from_numpy(~_lowest(keys, below, lowest, first=False))
+    start, end = sparsify.kept_span(n, expert.density, expert.gamma)
+    mask = _lowest(keys, below, end, first=True)
+    if start:
+        mask &= ~_lowest(keys, below, start, first=True)
+    return torch.from_numpy(mask)
 
 
-def _lowest(keys: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
-    """[n] bool: the k lowest keys, of equal ones the lower index. counts: of every key."""
+def _lowest(keys: np.ndarray, below: np.ndarray, k: int, *, first: bool) -> np.ndarray:
+    """[n] bool: the k lowest keys. below: how many are at most each key.
+
+    first: whether of equal ones those of lower index are taken, or those of higher.
+    """
     if k <= 0 or k >= len(keys):
         return np.full(len(keys), k > 0)
-    below = np.cumsum(counts)
     threshold = int(np.searchsorted(below, k))  # the key of rank k - 1
-    kept = keys <= threshold
+    taken = keys <= threshold
     surplus = int(below[threshold]) - k
     if surplus:
-        kept[np.flatnonzero(keys == threshold)[-surplus:]] = False
-    return kept
+        equal = np.flatnonzero(keys == threshold)
+        taken[equal[-surplus:] if first else equal[:surplus]] = False
+    return taken

@@ -7,7 +7,9 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -509,6 +511,67 @@ def test_job_options_are_strict(
 ) -> None:
     result = run(tmp_path, "out", recipe_for(tiny_models, parameters={option: value}))
     assert reason in " ".join(result.output.split())
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments_lose_nothing(
+    tmp_path: Path, tiny_models: TinyModels, computed: list[str]
+) -> None:
+    """Each kill comes after a random number of tensors, in a merge that is gone on with."""
+    import random
+
+    recipe = recipe_for(tiny_models)
+    expected = merged(tmp_path, "whole", recipe)
+    moments = random.Random(0)
+    context = multiprocessing.get_context("fork")
+    for _ in range(50):
+        left = 39 - len(list(finished(tmp_path)))
+        if left <= 1:
+            assert merged(tmp_path, "out", recipe) == expected
+            shutil.rmtree(tmp_path / "out")
+            left = 39
+        process = context.Process(
+            target=_killed_after, args=(tmp_path, recipe, moments.randint(1, min(left - 1, 6)))
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+    computed.clear()
+    left = 39 - len(list(finished(tmp_path)))
+    assert merged(tmp_path, "out", recipe) == expected
+    assert len(computed) == left
+
+
+def finished(folder: Path) -> set[str]:
+    """The tensors that the journal of OUT.partial names."""
+    path = folder / "out.partial" / journal.NAME
+    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    return {json.loads(line.partition(" ")[2])["tensor"] for line in lines}
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_the_budget_merges_within_it(tmp_path: Path) -> None:
+    """Parents of 4 x 84 MB, a budget of 64 MiB; what a merge of two layers needs is taken off."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+    import measure
+
+    measure.SIZES["many"] = {"hidden_size": 256, "num_hidden_layers": 50, "vocab_size": 500}
+    measure.SIZES["few"] = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 500}
+    peaks = {}
+    for size in ("few", "many"):
+        folder = tmp_path / size
+        folder.mkdir()
+        base, experts = measure.random_llamas(folder, size)
+        recipe = recipe_for(TinyModels(base, tuple(experts)), parameters={"memory_budget": "64MiB"})
+        (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+        entry = "from mergekit_unconstrained.cli import main; main()"
+        arguments = ["yaml", "recipe.yml", "out", *QUIET, "--no-copy-tokenizer"]
+        command = [sys.executable, "-c", entry, *arguments]
+        peaks[size] = measure.usage_of(command, folder=folder).peak_mib
+    size = sum(f.stat().st_size for f in (tmp_path / "many").glob("*/model.safetensors")) / 2**20
+    assert size > 300
+    assert peaks["many"] - peaks["few"] < 64
 
 
 def test_a_budget_below_the_largest_tensor_merges_one_at_a_time(
