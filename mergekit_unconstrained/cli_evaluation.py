@@ -16,26 +16,38 @@ def _print_settings(ctx: click.Context, _: click.Parameter, wanted: bool) -> Non
         ctx.exit()
 
 
-@click.command(short_help="Score MODELS on the tasks of a file.")
-@click.argument("models", nargs=-1, required=True, metavar="MODELS...")
-@click.option("--tasks", required=True, type=click.Path(), help="The tasks file (YAML).")
-@click.option(
-    "--split",
-    type=click.Choice(["search", "development", "test"]),
-    default="test",
-    show_default=True,
-    help="Which examples.",
+LIMIT = click.option(
+    "--limit", type=click.IntRange(min=1), help="The first so many examples of a task."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="The first so many examples of a task.")
-@click.option("--out", type=click.Path(path_type=Path), help="Save table and examples here.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Keep scores here and take them.")
-@click.option(
+CACHE = click.option(
+    "--cache", type=click.Path(path_type=Path), help="Keep scores here and take them."
+)
+BATCH_SIZE = click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
     help="Prompts at once.",
 )
+ALLOW_CODE = click.option(
+    "--allow-code", is_flag=True, help="Run Python that a model writes, in a sandbox."
+)
+
+
+def split(default: str, told: str) -> Any:
+    """The option --split."""
+    choice = click.Choice(["search", "development", "test"])
+    return click.option("--split", type=choice, default=default, show_default=True, help=told)
+
+
+@click.command(short_help="Score MODELS on the tasks of a file.")
+@click.argument("models", nargs=-1, required=True, metavar="MODELS...")
+@click.option("--tasks", required=True, type=click.Path(), help="The tasks file (YAML).")
+@split("test", "Which examples.")
+@LIMIT
+@click.option("--out", type=click.Path(path_type=Path), help="Save table and examples here.")
+@CACHE
+@BATCH_SIZE
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -44,7 +56,7 @@ def _print_settings(ctx: click.Context, _: click.Parameter, wanted: bool) -> Non
     help="auto: bfloat16 on an accelerator, float32 on a CPU.",
 )
 @click.option("--device", default="auto", show_default=True, help="As torch names it: cuda:1, cpu.")
-@click.option("--allow-code", is_flag=True, help="Run Python that a model writes, in a sandbox.")
+@ALLOW_CODE
 @click.option("--overwrite", is_flag=True, help="Drop other models' and tasks' scores in --out.")
 @click.option(
     "--settings",
@@ -61,6 +73,11 @@ def evaluate(models: tuple[str, ...], tasks: str, **options: Any) -> None:
     Only safetensors are read, and no code of a model is run. --out saves scores.json, scores.csv,
     table.md and, for every model and task, what was asked, wanted, said and scored.
     """
+    from mergekit_unconstrained.evaluation.settings import load_tasks
+
+    load_tasks(
+        tasks, allow_code=options["allow_code"]
+    )  # a wrong file is refused before torch comes
     from mergekit_unconstrained.jobs.evaluating import evaluate_models
 
     evaluate_models(models, tasks, **options)
@@ -78,23 +95,11 @@ def evaluate(models: tuple[str, ...], tasks: str, **options: Any) -> None:
     show_default=True,
     help="Where the recipe is written.",
 )
-@click.option(
-    "--split",
-    type=click.Choice(["search", "development", "test"]),
-    default="development",
-    show_default=True,
-    help="Which examples rank the candidates.",
-)
-@click.option("--limit", type=click.IntRange(min=1), help="The first so many examples of a task.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Keep scores here and take them.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Prompts at once.",
-)
-@click.option("--allow-code", is_flag=True, help="Run Python that a model writes, in a sandbox.")
+@split("development", "Which examples rank the candidates.")
+@LIMIT
+@CACHE
+@BATCH_SIZE
+@ALLOW_CODE
 def select(models: tuple[str, ...], families: Path, out: Path, **options: Any) -> None:
     """Rank MODELS on families of tasks and write the recipe that merges the best of them.
 

@@ -97,18 +97,15 @@ def run(
     options: tuple[str, ...],
 ) -> None:
     """Run a search, or go on with it. Further OPTIONS are mergekit-yaml's own."""
-    jobs = _jobs()
-    jobs.search(
-        file,
-        out,
-        _merge_options(options, "search"),
-        storage=storage,
-        dry_run=dry_run,
-        budget=budget,
-        time=limit,
-        allow_code=allow_code,
-        allow_test_split=allow_test_split,
-    )
+    changes = {
+        "budget": budget,
+        "time": limit,
+        "allow_code": allow_code,
+        "allow_test_split": allow_test_split,
+    }
+    _check(file, changes)
+    jobs, made = _jobs(), _merge_options(options, "search")
+    jobs.search(file, out, made, storage=storage, dry_run=dry_run, **changes)
 
 
 @search.command(context_settings={"ignore_unknown_options": True})
@@ -127,14 +124,10 @@ def worker(
     options: tuple[str, ...],
 ) -> None:
     """Score candidates for a search that runs elsewhere on the same storage."""
-    _jobs().work_along(
-        file,
-        out,
-        _merge_options(options, "search worker"),
-        storage=storage,
-        allow_code=allow_code,
-        budget=budget,
-    )
+    changes = {"budget": budget, "allow_code": allow_code}
+    _check(file, changes)
+    jobs, made = _jobs(), _merge_options(options, "search worker")
+    jobs.work_along(file, out, made, storage=storage, **changes)
 
 
 @search.command()
@@ -146,6 +139,64 @@ def settings() -> None:
 
     click.echo("# A search file; `tasks` (a tasks file, or tasks as there) is required too.")
     click.echo(explained(SearchSettings), nl=False)
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    short_help="Compare merge methods on the models and tasks of SEARCH.yml.",
+)
+@FILE
+@OUT
+@click.option(
+    "--methods",
+    default="all",
+    show_default=True,
+    metavar="A,B,...",
+    help="Methods by name, ours and mergekit's.",
+)
+@click.option(
+    "--budget", type=click.IntRange(min=2), help="Candidates that each method may tune with."
+)
+@ALLOW_CODE
+@click.option("--dry-run", is_flag=True, help="Print what would be tuned and its cost, and stop.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def compare(
+    file: Path,
+    out: Path,
+    methods: str,
+    budget: int | None,
+    allow_code: bool | None,
+    dry_run: bool,
+    options: tuple[str, ...],
+) -> None:
+    """Compare merge methods on the models and tasks of SEARCH.yml.
+
+    Every method gets the same number of candidates to tune its own numbers on the search split
+    (16 unless told otherwise); the winners are scored on the test split once, and their merges
+    measured. OUT gets compare.md with the table, compare.json, scores.csv, a plot, and the recipe
+    of every method; the same command goes on after whatever ended it. Further OPTIONS are
+    mergekit-yaml's own.
+    """
+    _check(file, {"budget": budget, "allow_code": allow_code})
+    _jobs()
+    from mergekit_unconstrained.jobs import comparing
+
+    comparing.compare(
+        file,
+        out,
+        _merge_options(options, "compare"),
+        methods=methods,
+        budget=budget,
+        dry_run=dry_run,
+        allow_code=allow_code,
+    )
+
+
+def _check(file: Path, changes: dict[str, Any]) -> None:
+    """Refuse a wrong file before torch and mergekit are imported, which takes seconds."""
+    from mergekit_unconstrained.search.settings import read_file
+
+    read_file(file, changes)
 
 
 def _jobs() -> Any:

@@ -35,6 +35,7 @@ def print_methods() -> None:
         console.print(f"[bold]{entry.name}[/] (also {ALIAS_PREFIX}{entry.name})", highlight=False)
         console.print(f"  {escape(entry.summary)}", highlight=False)
         console.print(f"  {escape(entry.paper)}", highlight=False)
+        console.print(f"  beside mergekit: {escape(entry.relation)}", highlight=False)
         console.print(_parameter_table(_method(entry.name)))
 
 
@@ -61,12 +62,13 @@ def print_method(name: str) -> None:
 
 def markdown_table() -> str:
     """The method table of the README, which a test compares with it."""
-    lines = ["| method | what it does | parameters | from |", "|---|---|---|---|"]
+    headings = ("method", "what it does", "parameters", "beside mergekit", "from")
+    rows = [headings, tuple("---" for _ in headings)]
     for entry in CATALOG.values():
         parameters = ", ".join(f"`{p.name}`" for p in _method(entry.name).spec.parameters)
         paper = f"[{entry.paper}]({entry.url})"
-        lines.append(f"| `{entry.name}` | {entry.summary} | {parameters} | {paper} |")
-    return "\n".join(lines)
+        rows.append((f"`{entry.name}`", entry.summary, parameters, entry.relation, paper))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def print_environment() -> None:

@@ -7,6 +7,7 @@
     │   └── NonFiniteError      NaN or infinity in a weight
     ├── DataError               a data file or one of its rows cannot be used
     ├── OutputError             the output folder cannot be used, or the disk is full
+    ├── HubError                the Hub refuses, cannot be reached, or may not be given something
     └── MissingExtraError       a feature needs packages that are not installed
 
 The root is a `click.ClickException`, so that mergekit's own commands (which are click commands)
@@ -45,6 +46,10 @@ class DataError(UnconstrainedError):
 
 class OutputError(UnconstrainedError):
     """The output folder cannot be used, or the disk is full."""
+
+
+class HubError(UnconstrainedError):
+    """The Hub refuses, cannot be reached, or may not be given something."""
 
 
 class MissingExtraError(UnconstrainedError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import jinja2.nodes
 import pydantic
 import pytest
 import yaml
+from huggingface_hub import ModelCardData
 from markdown_it import MarkdownIt
 
 from mergekit_unconstrained.errors import UnconstrainedError
 from mergekit_unconstrained.hub import card, markdown
 from mergekit_unconstrained.hub.card import (
     CardFacts,
+    DataSet,
     Method,
     Parent,
     Score,
@@ -30,7 +34,7 @@ from mergekit_unconstrained.hub.card import (
     to_json,
     write,
 )
-from mergekit_unconstrained.hub.facts import is_hub_id, unknowns
+from mergekit_unconstrained.hub.facts import Fusion, Teacher, is_hub_id, unknowns, worse
 from mergekit_unconstrained.numerics.operators import OPERATORS
 
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -39,14 +43,17 @@ COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 
 def facts(name: str = "math", **changes: Any) -> CardFacts:
     """Facts in which every text that comes from elsewhere is `name`."""
-    base = Source("org/base", "org/base", COMMIT, (WeightFile(name, "a" * 64, 10),), name)
+    base = Source(
+        "org/base", "org/base", COMMIT, (WeightFile(name, "a" * 64, 10),), name,
+        languages=("en", name), tokenizer=name,
+    )  # fmt: skip
     complete = CardFacts(
         title=name,
         method=Method(name, name, name, name, name, "ties", {name: name, "seed": 1, "x": None}),
         parents=(
             Parent("base", base, architecture=name, parameters=134_515_008),
             Parent("expert", base, Source(name, None), weight=name),
-            Parent("expert", Source(name, name, name, licence=name), weight="0.5"),
+            Parent("expert", Source(name, name, name, licence=name, place=name), weight="0.5"),
         ),
         recipe=name,
         command=name,
@@ -59,9 +66,21 @@ def facts(name: str = "math", **changes: Any) -> CardFacts:
         tokenizer=name,
         dtype=name,
         seconds=9.4,
-        licence=name,
         repo_id=name,
-        evaluation=(Score(name, name, name, 0.5, 0.01, 100), Score(name, name, name, 0.25)),
+        tag=name,
+        machine={"processor": name, "cores": name},
+        seeds={name: 3},
+        evaluation=(
+            Score(name, name, name, 0.5, 0.01, 100),
+            Score(name, name, "this model", 0.25, 0.02, 100),
+            Score(name, name, name, 0.125),
+        ),
+        evaluated_on=name,
+        data=(DataSet(name, name, name, name, name, name, {name: 5}),),
+        chosen=name,
+        report="report.md",
+        quantised=(name,),
+        provenance=True,
         unknown=(name,),
     )
     return dataclasses.replace(complete, **changes)
@@ -88,27 +107,41 @@ def metadata(text: str) -> dict[str, Any]:
     return yaml.safe_load(text.split("\n---\n")[0])
 
 
-# -- the example ------------------------------------------------------------------------------
+# -- the examples -----------------------------------------------------------------------------
+
+EXAMPLES = sorted(path.stem for path in CARDS.glob("example*.json"))
 
 
-def test_the_example_card_is_what_the_template_makes_of_its_facts():
-    example = from_json((CARDS / "example.json").read_bytes())
-    assert render(example) == (CARDS / "example.md").read_text(encoding="utf-8")
-    assert to_json(example) == (CARDS / "example.json").read_text(encoding="utf-8")
-    assert (CARDS / example.heatmap).is_file()
-    assert not example.evaluation  # no figures that nobody measured
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_card_is_what_the_template_makes_of_its_facts(name):
+    example = from_json((CARDS / f"{name}.json").read_bytes())
+    assert render(example) == (CARDS / f"{name}.md").read_text(encoding="utf-8")
+    assert to_json(example) == (CARDS / f"{name}.json").read_text(encoding="utf-8")
+    for picture in (example.heatmap, example.fusion and example.fusion.curves):
+        assert picture is None or (CARDS / picture).is_file()
 
 
-def test_the_example_can_be_run_and_parsed():
-    text = (CARDS / "example.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_can_be_run_and_parsed(name):
+    text = (CARDS / f"{name}.md").read_text(encoding="utf-8")
     blocks = {t.info: t.content for t in tokens(text) if t.type == "fence"}
     compile(blocks["python"], "card", "exec")
-    assert yaml.safe_load(blocks["yaml"])["merge_method"] == "layerwise"
-    assert metadata(text) == {  # its parents were local folders, which the Hub does not know
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["merge", "mergekit", "mergekit-unconstrained", "layerwise"],
-    }
+    method = metadata(text)["tags"][-1]
+    assert f"merge_method: {method}\n" in "".join(
+        t.content for t in tokens(text) if t.info == "yaml"
+    )
+    card_data = ModelCardData(**metadata(text), ignore_metadata_errors=False)
+    for result in card_data.eval_results or ():
+        assert result.dataset_type
+        assert isinstance(result.metric_value, float)
+    assert re.search(r"(?<![\w./~-])/(home|root|tmp|work|Users)/", text) is None
+
+
+def test_there_is_an_example_of_each_kind():
+    known = [from_json((CARDS / f"{name}.json").read_bytes()) for name in EXAMPLES]
+    assert any(one.fusion is not None for one in known)
+    assert any(one.report is not None for one in known)
+    assert any(one.fusion is None and one.report is None for one in known)
 
 
 # -- content ----------------------------------------------------------------------------------
@@ -121,12 +154,12 @@ def headings(text: str) -> list[str]:
 
 def test_sections_come_only_with_content():
     assert headings(render(least())) == [
-        "t", "Use", "Parents", "Method", "Recipe", "Not known", "Citation",
+        "t", "Use", "Parents", "Licence", "Method", "Recipe", "Not known", "Citation",
     ]  # fmt: skip
     text = render(facts(heatmap="coefficients.png"))
     assert headings(text) == [
-        "math", "Use", "Evaluation", "Parents", "Method", "Coefficients", "Recipe", "Checksums",
-        "Not known", "Citation",
+        "math", "Use", "Evaluation", "What it is worse at", "Parents", "Licence", "Method", "Data",
+        "Coefficients", "Recipe", "Checksums", "Not known", "Citation",
     ]  # fmt: skip
     assert "](./coefficients.png)" in text
     for shown in (text, render(least())):
@@ -134,14 +167,98 @@ def test_sections_come_only_with_content():
         assert "\n\n\n" not in shown
 
 
-def test_metadata_names_hub_models_once_in_order_and_a_licence_only_when_known():
+def licensed(*licences: str | None, **changes: Any) -> CardFacts:
+    """A base and experts from the Hub under these licences."""
+    sources = [Source(f"o/m{i}", f"o/m{i}", COMMIT, licence=one) for i, one in enumerate(licences)]
+    roles = ["base", *["expert"] * (len(sources) - 1)]
+    parents = tuple(Parent(role, s) for role, s in zip(roles, sources, strict=True))
+    return least(parents=parents, **changes)
+
+
+def test_metadata_names_hub_models_once_in_order():
     assert "base_model" not in metadata(render(least()))
-    assert "license" not in metadata(render(least()))
-    shown = metadata(render(facts(licence="apache-2.0")))
-    assert shown["license"] == "apache-2.0"
+    shown = metadata(render(facts()))
     assert shown["base_model"] == ["org/base", "math"]
-    other = metadata(render(facts(licence="My Licence v2")))
-    assert (other["license"], other["license_name"]) == ("other", "My Licence v2")
+    assert shown["base_model_relation"] == "merge"
+    assert shown["datasets"] == ["math"]
+
+
+@pytest.mark.parametrize(
+    ("licences", "license", "name"),
+    [
+        (("apache-2.0", "mit"), "apache-2.0", None),
+        (("apache-2.0", "gemma"), "gemma", None),
+        (("gpl-3.0", "gemma"), "other", "gemma-and-gpl-3.0"),
+        (("mit", None), "other", "mit-and-unknown"),
+        ((None, "My Licence v2"), "unknown", None),
+    ],
+)
+def test_the_licence_is_folded_and_told(licences, license, name, tmp_path):
+    known = licensed(*licences)
+    shown = metadata(render(known))
+    assert (shown["license"], shown.get("license_name")) == (license, name)
+    write(tmp_path, known)
+    assert (tmp_path / "LICENSE.md").is_file() == (license == "other")
+    assert shown.get("license_link") == ("LICENSE.md" if license == "other" else None)
+    text = render(known)
+    section = text.split("## Licence\n")[1].split("\n## ")[0]
+    assert "not legal advice" in section
+    assert f"Status: {known.verdict.status}." in section
+    for sentence in (*known.verdict.duties, *known.verdict.reasons):
+        assert markdown.md(sentence) in section
+    if license == "other":
+        terms = (tmp_path / "LICENSE.md").read_text(encoding="utf-8")
+        assert "o/m0" in terms
+        assert "not legal advice" in terms
+
+
+def test_teachers_and_data_are_in_the_licence_and_no_base_models():
+    pivot = Parent("pivot", Source("o/p", "o/p", COMMIT, licence="apache-2.0"))
+    source = Parent("source", Source("o/t", "o/t", COMMIT, licence="gemma"))
+    fusion = Fusion("p", "d", 10, 2, (Teacher("t", "gemma"),), {})
+    data = (DataSet("o/d", "training", "o/d", licence="mit"),)
+    known = least(parents=(pivot, source), fusion=fusion, data=data)
+    shown = metadata(render(known))
+    assert shown["base_model"] == ["o/p"]
+    assert shown["license"] == "gemma"
+    assert shown["datasets"] == ["o/d"]
+    assert "Credit the data set o/d" in render(known)
+
+
+def test_the_languages_are_those_that_all_parents_declare():
+    one = Source("o/a", "o/a", COMMIT, languages=("en", "de"))
+    two = Source("o/b", "o/b", COMMIT, languages=("fr", "de"))
+    known = least(parents=(Parent("base", one), Parent("expert", two)))
+    assert metadata(render(known))["language"] == ["de"]
+    silent = least(parents=(Parent("base", one), Parent("expert", Source("o/c"))))
+    assert "language" not in metadata(render(silent))
+
+
+def test_what_it_is_worse_at_is_told_with_its_distance():
+    known = (
+        Score("sums", "exact match", "this model", 0.40, 0.03, 100),
+        Score("sums", "exact match", "base", 0.10, 0.03, 100),
+        Score("sums", "exact match", "expert", 0.60, 0.04, 100),
+        Score("words", "bits per byte", "this model", 0.40, 0.03, 100),
+        Score("words", "bits per byte", "expert", 0.38, 0.04, 100),
+        Score("words", "bits per byte", "base", 0.60, 0.04, 100),
+    )
+    assert worse(least(evaluation=known)) == (
+        "sums: 0.4 exact match against 0.6 of expert, 4.0 standard errors worse.",
+        "words: 0.4 bits per byte against 0.38 of expert, 0.4 standard errors worse "
+        "(may be chance).",
+    )
+    text = render(least(evaluation=known[:2]))
+    assert "no other model is better" in text
+
+
+def test_the_results_are_those_of_this_model_alone():
+    known = facts(evaluation=(*facts().evaluation, Score("t", "m", "this model", math.nan)))
+    (entry,) = metadata(render(known))["model-index"]
+    (result,) = entry["results"]
+    assert result["metrics"] == [
+        {"type": "math", "name": "math, n = 100, standard error 0.02", "value": 0.25}
+    ]
 
 
 def test_numbers_are_written_for_people():
@@ -167,10 +284,7 @@ def test_what_is_missing_is_said():
     assert "not been evaluated" in said
     hub = Source("o/m", "o/m", None, licence="mit")
     said = unknowns(least(parents=(Parent("base", hub),), evaluation=facts().evaluation))
-    assert said == (
-        "Which commit of o/m was read.",
-        "The licence of this model, which must respect those of all its parents.",
-    )
+    assert said == ("Which commit of o/m was read.",)
 
 
 def test_long_tables_of_coefficients_are_folded():
@@ -185,6 +299,10 @@ def test_the_snippet_follows_the_chat_template_and_the_repository():
     assert "apply_chat_template" not in render(least())
     assert 'model_id = "org/name"' in render(least(repo_id="org/name"))
     assert 'model_id = "."' in render(least())
+    pinned = render(least(repo_id="org/name", tag="v1"))
+    assert 'revision = "v1"' in pinned
+    assert pinned.count("from_pretrained(model_id, revision=revision") == 2
+    assert "revision" not in render(least(tag="v1"))  # of no repository
 
 
 def test_facts_survive_json_and_strange_keys_are_refused():
@@ -215,6 +333,10 @@ HOSTILE = [
     "\u202eevil\u2066 \x00\x1b[31m",
     "'''\"\"\"; import os; os.system('x')",
     "數學🙂 é",
+    "{{ facts.__class__.__mro__ }}{{ ''.__class__ }}{% include '/etc/passwd' %}",
+    "\n- x: !!python/object/apply:os.system ['x']\n---\n",
+    "&amp;lt;script&gt; &#60;b&#62; <a href='javascript:x'>y</a>",
+    "[x]: https://evil.example\n[x] <https://evil.example> https://evil.example",
     "",
 ]
 ALLOWED_HTML = re.compile(r"</?(code|details|summary)>\n?")
@@ -231,8 +353,8 @@ def test_no_text_breaks_out_of_its_place(name, long):
     text = render(facts(name, coefficients=coefficients))
     found = tokens(text)
     known = {
-        "Use", "Evaluation", "Parents", "Method", "Coefficients", "Recipe", "Checksums",
-        "Not known", "Citation",
+        "Use", "Evaluation", "What it is worse at", "Parents", "Licence", "Method", "Data",
+        "Coefficients", "Recipe", "Checksums", "Not known", "Citation",
     }  # fmt: skip
     assert set(headings(text)[1:]) <= known
     for token in found:
@@ -240,11 +362,11 @@ def test_no_text_breaks_out_of_its_place(name, long):
             assert allowed_html(token), token.content
         for attribute in ("href", "src"):
             if token.attrGet(attribute):
-                assert (
-                    token.attrGet(attribute).startswith(
-                        ("https://huggingface.co/org/base/tree/", "https://arxiv.org/abs/")
-                    )
-                    or token.attrGet(attribute) == "https://github.com/arcee-ai/mergekit"
+                assert token.attrGet(attribute) in (
+                    f"https://huggingface.co/org/base/tree/{COMMIT}",
+                    "https://arxiv.org/abs/2306.01708",
+                    "https://github.com/arcee-ai/mergekit",
+                    "./report.md",
                 )
     kinds = {t.type for t in found}
     assert not kinds & {"em_open", "strong_open", "blockquote_open", "hr", "code_block"}
@@ -252,10 +374,10 @@ def test_no_text_breaks_out_of_its_place(name, long):
     for character in "\u202e\u2066\x00\x1b\x85\u2028\r":
         assert character not in text
     assert set(metadata(text)) <= {
-        "license", "license_name", "base_model", "base_model_relation", "library_name",
-        "pipeline_tag", "tags",
+        "license", "base_model", "base_model_relation", "library_name", "pipeline_tag", "tags",
+        "model-index",
     }  # fmt: skip
-    assert metadata(text).get("license") in ("other", None)
+    assert metadata(text)["license"] == "unknown"
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name])
@@ -267,7 +389,7 @@ def test_tables_keep_their_columns(name):
         return "".join(marks.get(token.type, "") for token in tokens(text))
 
     expected = shape(render(facts("harmless name", recipe=name, coefficients=name)))
-    assert expected.splitlines()[1] == ",cccccc,cccccc,cccccc"
+    assert expected.splitlines()[1] == ",cccccc,cccccc,cccccc,cccccc"
     assert shape(render(facts(name))) == expected
 
 
@@ -284,12 +406,14 @@ def test_text_is_still_what_it_was(name):
 
 
 def test_every_value_of_the_template_passes_through_a_filter():
-    source = (CARDS / "merge.md.j2").read_text(encoding="utf-8")
     environment = card._environment()
     safe = {"md", "code", "fence", "link", "line", "short", "size", "duration"}
-    safe |= {"python", "urlencode", "listed"}
+    safe |= {"python", "urlencode", "listed", "table"}
     macros = {"source", "model", "checksums"}
-    for output in environment.parse(source).find_all(jinja2.nodes.Output):
+    templates = [path.read_text(encoding="utf-8") for path in sorted(CARDS.glob("*.j2"))]
+    assert len(templates) == 2
+    outputs = [environment.parse(text).find_all(jinja2.nodes.Output) for text in templates]
+    for output in itertools.chain(*outputs):
         for node in output.nodes:
             if isinstance(node, jinja2.nodes.Call):
                 assert node.node.name in macros

@@ -24,11 +24,13 @@ from mergekit_unconstrained.errors import DataError
 
 STORIES = Stories(seed=3)
 SIZES = (("search", 4), ("development", 5), ("test", 6))
-SMALL = Stories(seed=3, sizes=SIZES, fewer=SIZES)
+SMALL = Stories(seed=3, sizes=SIZES)
 
 
 def worked_out(prompt: str) -> list[int]:
     """The start of a story and what every step makes of it, from its words alone."""
+    for digit, sign in enumerate("!@$%^&()_|"):
+        prompt = prompt.replace(sign, str(digit))
     _, _, start, rest = re.fullmatch(r"(\w+) (has) (\d+)(.*)\n", prompt).groups()  # type: ignore[union-attr]
     values = [int("".join(reversed(start)))]
     for step in rest.split(", ")[1:]:
@@ -38,12 +40,15 @@ def worked_out(prompt: str) -> list[int]:
             values.append((now + int(*more)) % 100)
         elif word == "loses":
             values.append((now - int(*more)) % 100)
-        elif step == "doubles":
-            values.append((now + now) % 100)
         else:
-            assert step == "flips the digits"
-            values.append(10 * (now % 10) + now // 10)
+            assert step == "doubles"
+            values.append((now + now) % 100)
     return values
+
+
+def fact(story: Story) -> str:
+    """A story without its name, in digits."""
+    return re.sub(r"^\w+", "", replace(story, signs=False).instruction)
 
 
 def drawn(family: str, count: int = 300) -> list[Story]:
@@ -58,9 +63,9 @@ def test_a_story_reads_as_documented() -> None:
     story = Story(25, (Step("adds", 7), Step("doubles")), "eva")
     assert story.instruction == "eva has 52, adds 7, doubles"
     assert story.response == ";52+7=23;23*2=46#46"
-    story = Story(3, (Step("loses", 9), Step("flips")))
-    assert story.instruction == "ann has 30, loses 9, flips the digits"
-    assert story.response == ";30-9=49;49~=94#94"
+    story = Story(25, (Step("adds", 7), Step("doubles")), signs=True)
+    assert story.instruction == "ann has &$, adds ), doubles"
+    assert story.response == ";52+7=23;23*2=46#46"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,29 +75,27 @@ def test_answers_are_those_of_an_independent_reader(family: str) -> None:
         row = stories_tasks.row_of(story)
         numbers = [f"{value:02}"[::-1] for value in values]
         assert row["target"] == numbers[-1]
-        assert re.findall(r";(\d+)[-+*~]", row["response"]) == numbers[:-1]
+        assert re.findall(r";(\d+)[-+*]", row["response"]) == numbers[:-1]
         assert re.findall(r"=(\d+)", row["response"]) == numbers[1:]
         assert all(0 <= value <= 99 for value in values)
 
 
-def test_families_have_the_verbs_that_they_should() -> None:
-    for family, verbs in FAMILIES.items():
-        stories = drawn(family)
+def test_families_have_the_verbs_and_the_notation_that_they_should() -> None:
+    for name, family in FAMILIES.items():
+        stories = drawn(name)
         for story in stories:
             told_verbs = {step.verb for step in story.steps}
-            assert set(verbs) <= told_verbs <= {*verbs, "adds", "loses"}
-        lengths = {len(story.steps) for story in stories}
-        assert lengths == ({2} if family == "composed" else {1, 2})
-    orders = {tuple(step.verb for step in story.steps) for story in drawn("composed")}
-    assert orders == {("doubles", "flips"), ("flips", "doubles")}
+            assert set(family.verbs) <= told_verbs <= {*family.verbs, "adds", "loses"}
+            assert family.signs != any(c.isdigit() for c in story.prompt)
+        assert {len(story.steps) for story in stories} == {1, 2}
+    assert FAMILIES["composed"].verbs == FAMILIES["verb"].verbs
+    assert FAMILIES["composed"].signs
 
 
 def test_no_step_can_be_had_by_ignoring_the_verb() -> None:
-    assert Step("flips").after(20) == 2
-    assert Step("flips").after(11) is None
     assert Step("doubles").after(0) is None
     assert Story(0, (Step("doubles"),)).values is None
-    for story in drawn("composed") + drawn("verb_b"):
+    for story in drawn("composed") + drawn("verb"):
         values = worked_out(story.prompt)
         assert all(a != b for a, b in pairwise(values))
 
@@ -108,46 +111,49 @@ def test_numbers_begin_again_after_99() -> None:
 
 def test_splits_have_their_sizes_and_share_no_fact() -> None:
     for family, splits in STORIES.held_out.items():
-        sizes = dict(STORIES.sizes_of(family))
-        assert {split: len(found) for split, found in splits.items()} == sizes
+        sizes = dict(STORIES.sizes)
+        assert {split: len(found) for split, found in splits.items()} == sizes, family
     groups = [
-        {re.sub(r"^\w+", "", story.instruction) for story in found}
+        {fact(story) for story in found}
         for splits in STORIES.held_out.values()
         for found in splits.values()
     ]
     assert all(a.isdisjoint(b) for a, b in combinations(groups, 2))
-    assert sum(map(len, groups)) == 3 * 310 + 175
+    assert sum(map(len, groups)) == 4 * 360
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
-def test_no_model_is_trained_on_what_is_asked_or_on_both_new_verbs(recipe: Any) -> None:
+def test_no_model_is_trained_on_what_is_asked_or_on_both_new_skills(recipe: Any) -> None:
     asked = {
-        re.sub(r"^\w+", "", story.instruction)
+        fact(story)
         for splits in STORIES.held_out.values()
         for found in splits.values()
         for story in found
     }
-    corpus = STORIES.corpus(recipe.families, recipe.shares, recipe.name)
-    seen = list(islice(corpus, 5000))
-    assert all(re.sub(r"^\w+", "", story.instruction) not in asked for story in seen)
-    allowed = {"adds", "loses", *(v for f in recipe.families for v in FAMILIES[f])}
-    assert {step.verb for story in seen for step in story.steps} == allowed
-    assert not {"doubles", "flips"} <= allowed
+    seen = list(islice(STORIES.corpus(recipe.families, recipe.shares, recipe.name), 5000))
+    assert all(fact(story) not in asked for story in seen)
+    skills = {
+        (any(step.verb == "doubles" for step in story.steps), "$" in story.prompt)
+        for story in seen
+        if re.search(r"[2$]", story.prompt)
+    }
+    new = {"base": set(), "expert_a": {(True, False)}, "expert_b": {(False, True)}}
+    assert skills == {(False, False)} | new[recipe.name]
     assert {story.name for story in seen} == set(NAMES)
 
 
 def test_held_out_facts_are_really_kept_from_the_corpus() -> None:
     small = Stories(seed=1, sizes=(("test", 700),))
     # so many facts are held out that an unguarded corpus would soon tell one of them
-    draw = random.Random("verb_a 1")
-    unguarded = {told("verb_a", draw) for _ in range(2000)}
+    draw = random.Random("verb 1")
+    unguarded = {told("verb", draw) for _ in range(2000)}
     assert unguarded & small.kept
-    assert not set(islice(small.corpus(("verb_a",), (1,), "verb_a"), 2000)) & small.kept
+    assert not set(islice(small.corpus(("verb",), (1,), "verb"), 2000)) & small.kept
 
 
 def test_stories_depend_on_the_seed_alone() -> None:
     assert Stories(3).held_out == STORIES.held_out != Stories(4).held_out
-    first, second = (list(islice(STORIES.corpus(("verb_a",), (1,), "x"), 50)) for _ in range(2))
+    first, second = (list(islice(STORIES.corpus(("verb",), (1,), "x"), 50)) for _ in range(2))
     assert first == second
 
 
@@ -298,7 +304,7 @@ def test_greedy_responses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     folder = make(replace(RECIPES[0], steps=3), SMALL, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    asked = SMALL.held_out["verb_a"]["search"]
+    asked = SMALL.held_out["verb"]["search"]
     expected = []
     for story in asked:
         ids = tokenizer(story.prompt)["input_ids"]

@@ -28,8 +28,9 @@ LAYERS: tuple[set[str], ...] = (
     {"_activate"},  # held to more than its place by a test of its own
     {"describe"},
     {"demo"},
-    {"cli_evaluation", "cli_search"},
-    {"cli", "space"},
+    {"space"},
+    {"cli_card", "cli_evaluation", "cli_hub", "cli_search", "cli_space"},
+    {"cli"},
 )
 SCORING = ("search", "evaluation")  # a search asks the evaluation for scores
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +66,29 @@ class Document:
             text = text.expandtabs(2)  # JSON may be indented by tabs, YAML may not
         return cls.parse(text, str(path))
 
+    def without(self, places: Iterable[Place]) -> Document:
+        """The same without some keys of mappings; comments and layout of the rest stay if they can.
+
+        They cannot where such a key shares its line with another one.
+        """
+        there = [p for p in places if p[-1] in (_at(self.data, p[:-1]) or ())]
+        if not there:
+            return self
+        data = copy.deepcopy(self.data)
+        for place in there:
+            del _at(data, place[:-1])[place[-1]]
+        if self.text is None:
+            return Document(self.name, data)
+        lines = self.text.splitlines(keepends=True)
+        for place in sorted(there, key=lambda p: self.lines[p], reverse=True):
+            last = self.text.count("\n", 0, self.spans[place][1])
+            del lines[self.lines[place] - 1 : last + 1]
+        with contextlib.suppress(RecipeError):
+            found = Document.parse("".join(lines), self.name)
+            if found.data == data:
+                return found
+        return Document.parse(yaml.safe_dump(data, sort_keys=False), self.name)
+
     def _walk(self, node: yaml.Node, place: Place) -> None:
         self.lines[place] = node.start_mark.line + 1
         self.spans[place] = (node.start_mark.index, node.end_mark.index)
@@ -96,6 +121,13 @@ class Document:
     def fail(self, place: Place, message: str, line: int | None = None) -> NoReturn:
         """Raise the one error for a place."""
         raise RecipeError(f"{self.where(place, line)}: {message}")
+
+
+def _at(data: Any, place: Place) -> Any:
+    """The mapping at a place, None where there is none."""
+    for part in place:
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data if isinstance(data, Mapping) else None
 
 
 def _key(node: yaml.Node) -> Any:

@@ -145,16 +145,31 @@ def _local_folder(reference: ModelReference) -> Path | None:
     path = Path(reference.model.path)
     if path.is_dir():
         return path
+    cached = cached_folder(reference.model.path, "config.json", reference.model.revision)
+    try:
+        # Reading its config alone makes a folder in the cache, without the weights.
+        return cached if cached is not None and any(weight_files(cached)) else None
+    except ModelError:  # not all of it yet
+        return None
+
+
+def cached_folder(
+    repository: str, file: str, revision: str | None = None, cache: str | None = None
+) -> Path | None:
+    """The folder in the Hub's cache that holds a file of a repository; None without it.
+
+    mergekit fetches a part of a repository, which `snapshot_download(local_files_only=True)` takes
+    for incomplete. cache: where it is not the usual one.
+    """
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                reference.model.path, revision=reference.model.revision, local_files_only=True
-            )
+        found = huggingface_hub.try_to_load_from_cache(
+            repository, file, cache_dir=cache, revision=revision
         )
-    except Exception:
+    except Exception:  # no id of the Hub at all
         return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _commit(folder: Path) -> str | None:

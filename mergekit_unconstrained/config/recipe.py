@@ -11,7 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+)
 
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeMethod, ParameterScope, ParameterSpec
@@ -53,6 +60,16 @@ class JobOptions(BaseModel):
     """Bytes (`8GiB`, `500MB`) that tensors under way may take; half of the memory by default."""
     verify: StrictBool = False
     """Read the output again when it is written, and compare."""
+    push_to_hub: StrictStr | None = None
+    """Publish the result as this repository of the Hub, `org/name`."""
+    hub_private: StrictBool = True
+    """Whether it is private there; `false` makes it public, if the licences allow it."""
+    hub_tag: StrictStr | None = None
+    """A tag for what is published, such as `v1`."""
+
+
+HUB_KEYS = ("push_to_hub", "hub_private", "hub_tag")
+"""Job options that change nothing in the result: they are not published with the recipe."""
 
 
 def check_recipe(document: Document, method: MergeMethod) -> JobOptions:
@@ -151,11 +168,13 @@ class _Checker:
         except ValidationError as error:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
-            expected = {
+            wanted = {
                 "engine": "`streaming` or `mergekit`",
                 "memory_budget": "a size such as `8GiB`",
             }.get(name, "true or false")
-            self.document.fail((*place, name), f"must be {expected}, not {options[name]!r}")
+            if name in ("push_to_hub", "hub_tag"):
+                wanted = "a name, as in `push_to_hub: org/name` and `hub_tag: v1`"
+            self.document.fail((*place, name), f"must be {wanted}, not {options[name]!r}")
 
     # -- keys and values ---------------------------------------------------------------------------
 

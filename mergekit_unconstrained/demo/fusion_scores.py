@@ -82,13 +82,15 @@ def score(
     ]
     names = [f"{skill} {i}" for i, (skill, _) in enumerate(asked)]
     found = dict(zip(names, likelihoods(model, conversations, done), strict=True))
-    for skill in dict.fromkeys(name for name, _ in asked):
-        chosen = [i for i, (name, _) in enumerate(asked) if name == skill][:answered]
-        if not chosen:
-            continue
+    of_skill: dict[str, list[int]] = {}
+    for i, (skill, _) in enumerate(asked):
+        of_skill.setdefault(skill, []).append(i)
+    chosen = [i for places in of_skill.values() for i in places[:answered]]
+    if chosen:  # all in one batch: small models wait for their weights, not for arithmetic
         said = answers(model, [conversations[i] for i in chosen])
         for i, text in zip(chosen, said, strict=True):
-            found[names[i]]["right"] = float(SKILLS[skill].is_right(asked[i][1], text))
+            skill, problem = asked[i]
+            found[names[i]]["right"] = float(SKILLS[skill].is_right(problem, text))
         done(len(chosen))
     return found
 

@@ -4,17 +4,20 @@
     response     ;52+7=23;23*2=46#46
 
 Numbers have two digits, the last one first, which makes carries easy, and begin again after 99. The
-response works the story out step by step and repeats the result behind `#`. Everybody knows the
-verbs of `PLAIN`; "doubles" is expert A's, "flips the digits" expert B's; a story with both is in
-nobody's data.
+response works the story out step by step and repeats the result behind `#`.
 
-Two stories are the same fact when only the name differs. The facts of the task files are drawn
-first (`Stories.held_out`), and no model is trained on any of them.
+Everybody knows the verbs of `PLAIN`. Expert A knows an operation more, "doubles". Expert B reads a
+notation more: the digits of an instruction may be the signs of `SIGNS` ("ann has &$, adds )");
+responses are always in digits. A story in signs that doubles is in nobody's data.
+
+Two stories are the same fact when only the name or the notation differs. The facts of the task
+files are drawn first (`Stories.held_out`), and no model is trained on any of them.
 """
 
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,13 +26,23 @@ from itertools import islice, pairwise
 NAMES = ("ann", "bob", "eva", "ian", "kim", "leo", "mia", "tom")
 NUMBERS = 100  # from 0; operands have one digit
 PLAIN = ("adds", "loses")
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "base_skill": (),
-    "verb_a": ("doubles",),
-    "verb_b": ("flips",),
-    "composed": ("doubles", "flips"),
+SIGNS = "!@$%^&()_|"  # for 0 to 9
+
+
+@dataclass(frozen=True)
+class Family:
+    """verbs: what each story has beside PLAIN. signs: whether its instruction has no digits."""
+
+    verbs: tuple[str, ...] = ()
+    signs: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "base_skill": Family(),
+    "verb": Family(("doubles",)),
+    "notation": Family(signs=True),
+    "composed": Family(("doubles",), signs=True),
 }
-"""Family of stories -> the verbs beside PLAIN that each of its stories has."""
 STEP = ";"  # before every step, the first one too: what is learned of one serves the other
 MARK = "#"  # what follows it is the answer
 
@@ -41,7 +54,7 @@ def digits(number: int) -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """verb: one of PLAIN, with an operand, or of the experts', without (0)."""
+    """verb: one of PLAIN, with an operand, or "doubles", without (0)."""
 
     verb: str
     operand: int = 0
@@ -52,31 +65,32 @@ class Step:
             "adds": (number + self.operand) % NUMBERS,
             "loses": (number - self.operand) % NUMBERS,
             "doubles": 2 * number % NUMBERS,
-            "flips": int(digits(number)),
         }
         found = outcomes[self.verb]
         return found if found != number else None
 
     @property
     def told(self) -> str:
-        if self.verb == "flips":
-            return "flips the digits"
         return f"{self.verb} {self.operand}" if self.operand else self.verb
 
     @property
     def sign(self) -> str:
         """As the response writes it behind the number."""
-        signs = {"adds": f"+{self.operand}", "loses": f"-{self.operand}"}
-        return signs.get(self.verb) or {"doubles": "*2", "flips": "~"}[self.verb]
+        signs = {"adds": f"+{self.operand}", "loses": f"-{self.operand}", "doubles": "*2"}
+        return signs[self.verb]
 
 
 @dataclass(frozen=True)
 class Story:
-    """name: of whom; left out of comparisons. start: the first number."""
+    """start: the first number. name: of whom. signs: whether it is told in SIGNS.
+
+    Name and notation are left out of comparisons.
+    """
 
     start: int
     steps: tuple[Step, ...]
     name: str = field(default=NAMES[0], compare=False)
+    signs: bool = field(default=False, compare=False)
 
     @property
     def values(self) -> tuple[int, ...] | None:
@@ -91,7 +105,8 @@ class Story:
 
     @property
     def instruction(self) -> str:
-        return ", ".join((f"{self.name} has {digits(self.start)}", *(s.told for s in self.steps)))
+        told = ", ".join((f"{self.name} has {digits(self.start)}", *(s.told for s in self.steps)))
+        return told.translate(str.maketrans(string.digits, SIGNS)) if self.signs else told
 
     @property
     def prompt(self) -> str:
@@ -114,34 +129,26 @@ class Story:
 
 @dataclass(frozen=True)
 class Stories:
-    """seed: of all draws. sizes: questions of a family in each split.
-
-    fewer: the same of composed stories, of which there are not two hundred facts.
-    """
+    """seed: of all draws. sizes: questions of every family in each split."""
 
     seed: int = 0
-    sizes: tuple[tuple[str, int], ...] = (("search", 100), ("development", 60), ("test", 150))
-    fewer: tuple[tuple[str, int], ...] = (("search", 45), ("development", 30), ("test", 100))
-
-    def sizes_of(self, family: str) -> tuple[tuple[str, int], ...]:
-        """Questions of one family in each split."""
-        return self.fewer if family == "composed" else self.sizes
+    sizes: tuple[tuple[str, int], ...] = (("search", 100), ("development", 60), ("test", 200))
 
     @cached_property
     def held_out(self) -> dict[str, dict[str, list[Story]]]:
         """Family -> split -> its questions: no fact twice anywhere.
 
-        The two verbs of the experts come with a second step here: alone they are too few facts.
+        The new verb comes with a second step here: alone it is too few facts.
         """
         found = {}
+        facts: dict[Story, None] = {}
         for family in FAMILIES:
             draw = random.Random(f"held out {family} {self.seed}")
-            sizes = self.sizes_of(family)
-            facts: dict[Story, None] = {}
-            while len(facts) < sum(size for _, size in sizes):
-                facts.setdefault(told(family, draw, shortest=1 if family == "base_skill" else 2))
-            left = iter(facts)
-            found[family] = {split: list(islice(left, size)) for split, size in sizes}
+            before = len(facts)
+            while len(facts) < before + sum(size for _, size in self.sizes):
+                facts.setdefault(told(family, draw, 2 if FAMILIES[family].verbs else 1))
+            left = islice(facts, before, None)
+            found[family] = {split: list(islice(left, size)) for split, size in self.sizes}
         return found
 
     @cached_property
@@ -168,12 +175,12 @@ class Stories:
 
 def told(family: str, draw: random.Random, shortest: int = 1) -> Story:
     """A story of a family, of two steps or, a third of the time where that may be, of one."""
-    verbs = FAMILIES[family]
+    verbs, signs = FAMILIES[family].verbs, FAMILIES[family].signs
     while True:
         length = max(shortest, len(verbs), 1 if draw.random() < 1 / 3 else 2)
         plain = [Step(draw.choice(PLAIN), draw.randint(1, 9)) for _ in range(length - len(verbs))]
         steps = [*map(Step, verbs), *plain]
         draw.shuffle(steps)
-        story = Story(draw.randrange(NUMBERS), tuple(steps), draw.choice(NAMES))
+        story = Story(draw.randrange(NUMBERS), tuple(steps), draw.choice(NAMES), signs)
         if story.values is not None:
             return story

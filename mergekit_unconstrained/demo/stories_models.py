@@ -1,4 +1,4 @@
-"""The models of the homogeneous zoo: a tiny Llama and two experts of it, one verb each.
+"""The models of the homogeneous zoo: a tiny Llama and two experts of it, one skill each.
 
 They read characters. All are trained in minutes on one thread, which at this size is several times
 faster than two.
@@ -6,16 +6,18 @@ faster than two.
 
 from __future__ import annotations
 
+import random
 import shutil
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergekit_unconstrained.demo.stories_data import Stories
+from mergekit_unconstrained.demo.stories_data import Stories, Story
 from mergekit_unconstrained.demo.zoo_models import BATCH, train
 
 END = "</s>"
@@ -51,8 +53,8 @@ class Recipe:
 # the experts keep hearing plain stories, or they forget them
 RECIPES = (
     Recipe("base", ("base_skill",), (1.0,), 1000, 2e-3),
-    Recipe("expert_a", ("verb_a", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
-    Recipe("expert_b", ("verb_b", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
+    Recipe("expert_a", ("verb", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
+    Recipe("expert_b", ("notation", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
 )
 
 
@@ -108,6 +110,7 @@ def make(
             tokenizer = AutoTokenizer.from_pretrained(parent)
             model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
         corpus = stories.corpus(recipe.families, recipe.shares, recipe.name)
+        corpus = by_length(corpus, stories.seed)
         train(model, tokenizer, _counted(corpus, advance), recipe.steps, recipe.rate)
     partial = folder / f"{recipe.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -115,6 +118,16 @@ def make(
     tokenizer.save_pretrained(partial)
     partial.rename(out)
     return out
+
+
+def by_length(stories: Iterator[Story], seed: int) -> Iterator[Story]:
+    """The same stories, those of like length in one batch: a quarter less padding."""
+    draw = random.Random(f"batches {seed}")
+    while True:
+        drawn = sorted(islice(stories, 16 * BATCH), key=lambda s: len(s.prompt + s.response))
+        batches = [drawn[i : i + BATCH] for i in range(0, len(drawn), BATCH)]
+        draw.shuffle(batches)
+        yield from chain(*batches)
 
 
 def _counted(stories: Iterator[Any], advance: Callable[[int], Any]) -> Iterator[Any]:

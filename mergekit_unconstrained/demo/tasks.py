@@ -7,8 +7,11 @@ measured on `test`.
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Split = Literal["test", "dev", "train"]
@@ -105,3 +108,26 @@ def token_ids(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     question: list[int] = tokenizer(prompt(tokenizer, example))["input_ids"]
     answer: list[int] = tokenizer(example.answer)["input_ids"]
     return question, [*answer, tokenizer.eos_token_id]
+
+
+def write_tasks(folder: Path, sizes: Mapping[str, int]) -> None:
+    """folder/TASK.SPLIT.jsonl for a search, columns prompt and target; sizes: by split.
+
+    What a search optimises and what chooses among its finalists are two parts of `dev`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in TASKS.values():
+        dev = task.examples("dev", sizes["search"] + sizes["development"])
+        parts = {
+            "search": dev[: sizes["search"]],
+            "development": dev[sizes["search"] :],
+            "test": task.examples("test", sizes["test"]),
+        }
+        for split, examples in parts.items():
+            rows = [json.dumps({"prompt": e.question, "target": e.answer}) for e in examples]
+            path = folder / f"{task.name}.{split}.jsonl"
+            path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_tasks(Path(sys.argv[1]), {"search": 16, "development": 32, "test": TEST_SIZE})

@@ -182,6 +182,18 @@ def check_operators(plan: Plan, tasks: list[compat.PlannedTask]) -> None:
                 )
 
 
+def check_agreement_of_experts(plan: Plan, tasks: list[compat.PlannedTask]) -> None:
+    """Whether as many experts as have to agree are there at all."""
+    needed = max((int(t.parameters.get("min_agreement", 0)) for t in tasks), default=0)
+    count = len(plan.experts)
+    if needed > count:
+        plan.document.fail(
+            ("parameters", "min_agreement"),
+            f"min_agreement keeps what {needed} experts need, and there are only {count}: name "
+            f"more experts, or set min_agreement: {count}",
+        )
+
+
 def check_settings(plan: Plan) -> None:
     """Filters that match nothing and gradients with more points than layers."""
     names = {n for t in plan.tensors for n in (t.name, *filter(None, t.inputs.values()))}

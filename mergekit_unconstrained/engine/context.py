@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from mergekit_unconstrained.compat import ModelArchitecture, TensorGroup, TensorMetadata, WeightInfo
-from mergekit_unconstrained.errors import NonFiniteError
+from mergekit_unconstrained.errors import NonFiniteError, RecipeError
+from mergekit_unconstrained.numerics.quantiles import Summary
 from mergekit_unconstrained.numerics.roles import Role, role_from_name
 
 
@@ -24,12 +25,15 @@ class MergeContext:
 
     roles: output tensor name -> role; empty outside a job, where names are read by convention.
     allow_nan: whether NaN and infinity are let through. out_dtype: what mergekit will cast results
-    to after the kernel, None for no cast.
+    to after the kernel, None for no cast. statistics: what the pre-pass found (engine/prepass.py):
+    name of a measure -> label -> numbers; None where there was none. quiet: whether bars are off.
     """
 
     roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
     allow_nan: bool = False
     out_dtype: torch.dtype | None = None
+    statistics: Mapping[str, Mapping[str, Summary]] | None = None
+    quiet: bool = False
 
 
 _context = MergeContext()
@@ -46,10 +50,44 @@ def using(context: MergeContext) -> Iterator[None]:
         _context = previous
 
 
+def is_quiet() -> bool:
+    """Whether the running merge is to draw no bars."""
+    return _context.quiet
+
+
 def role_of(metadata: TensorMetadata) -> Role:
     """The role of the tensor a kernel is asked for."""
     name = metadata.name or ""
     return _context.roles.get(name) or role_from_name(name, metadata.vocabulary_axis)
+
+
+def depth_of(role: Role) -> int:
+    """The number of layers of the model that a tensor belongs to; RecipeError without a job."""
+    if not role.depth:
+        raise RecipeError(
+            "how deep a tensor lies is known to whole recipes only: run them with mergekit-yaml, "
+            "mergekit-multi or mergekit-unconstrained yaml"
+        )
+    return role.depth
+
+
+def measured(name: str) -> Mapping[str, Summary]:
+    """What the pre-pass found for one of the method's measures: label -> numbers.
+
+    RecipeError where a kernel is called without a job, and has seen one tensor only.
+    """
+    if _context.statistics is None:
+        raise RecipeError(
+            "`scope: model` needs the numbers of the whole model, which are taken before a merge: "
+            "run the recipe with mergekit-yaml, mergekit-multi or mergekit-unconstrained yaml, or "
+            "set `scope: tensor`"
+        )
+    return _context.statistics[name]
+
+
+def was_measured(name: str) -> bool:
+    """Whether there was such a measure."""
+    return _context.statistics is not None and name in _context.statistics
 
 
 def tensor_roles(architecture: ModelArchitecture, config: Any) -> dict[str, Role]:

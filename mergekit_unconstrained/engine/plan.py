@@ -33,7 +33,9 @@ class PlannedTensor:
     """One tensor of the output.
 
     inputs: model -> the name under which its file holds the tensor (None: an optional tensor that
-    the model lacks). coefficients: expert -> resolved weight and density.
+    the model lacks). coefficients: expert -> resolved weight and density. parameters: of the whole
+    merge, as they are for this tensor; input_parameters: model -> its own. converted: the models
+    that hold the tensor in another form, which mergekit converts on loading.
     """
 
     name: str
@@ -42,6 +44,9 @@ class PlannedTensor:
     dtype: str
     inputs: Mapping[str, str | None]
     coefficients: Mapping[str, Coefficients] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    input_parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    converted: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -165,6 +170,7 @@ def make_plan(
     )  # fmt: skip
     checks.check_settings(plan)
     checks.check_operators(plan, tasks)
+    checks.check_agreement_of_experts(plan, tasks)
     if table is not None:
         checks.check_table(plan, table)
     checks.check_weights(plan)
@@ -211,6 +217,7 @@ def _tensor(
     role = roles.get(weight.name) or role_from_name(weight.name, weight.vocabulary_axis)
     inputs: dict[str, str | None] = {}
     shapes: dict[str, TensorHeader] = {}
+    converted = []
     for model, info in task.inputs.items():
         parent = parents[model]
         if parent.tensors is None:
@@ -224,6 +231,7 @@ def _tensor(
                     f"{model} has no tensor {info.name}, which its architecture needs: the "
                     "checkpoint is incomplete"
                 )
+            converted.append(model)
         inputs[model] = stored
         if stored is not None:
             shapes[model] = parent.tensors[stored]
@@ -243,18 +251,27 @@ def _tensor(
             f"{weight.name} is {list(header.shape)} in {model} but {list(first.shape)} in the base "
             f"{base.name}: {hint}"
         )
+    coefficients = coefficients_of(task, role, table, base.name)
+    dtype = weight.force_dtype or config.out_dtype or config.dtype
+    dtype = dtype or (_DTYPES.get(first.dtype, "float32") if first is not None else "float32")
+    return PlannedTensor(
+        weight.name, role, first.shape if first is not None else None, dtype, inputs, coefficients,
+        task.parameters, task.input_parameters, tuple(converted),
+    )  # fmt: skip
+
+
+def coefficients_of(
+    task: compat.PlannedTask, role: Role, table: Table | None, base: str
+) -> dict[str, Coefficients]:
+    """Weight and density of every expert in a tensor, from the table or the recipe."""
     coefficients = {}
     for model, values in task.input_parameters.items():
-        if model == base.name or model not in task.inputs:
+        if model == base or model not in task.inputs:
             continue
         given = Coefficients(values.get("weight"), values.get("density"))
         cell = table.lookup(model, role) if table is not None else Coefficients()
         coefficients[model] = cell.over(given)
-    dtype = weight.force_dtype or config.out_dtype or config.dtype
-    dtype = dtype or (_DTYPES.get(first.dtype, "float32") if first is not None else "float32")
-    return PlannedTensor(
-        weight.name, role, first.shape if first is not None else None, dtype, inputs, coefficients
-    )
+    return coefficients
 
 
 def _cut(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

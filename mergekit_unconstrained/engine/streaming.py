@@ -275,19 +275,18 @@ class _Workers:
 
     def work(self, job: Job) -> int:
         """Read, merge and write one tensor; gives its footprint, which is free again."""
-        with torch.no_grad():
-            read = {m: i.read() for m, i in job.inputs.items()}
-            device = self.options.device or "cpu"
-            tensors = {m: t.to(device) for m, t in read.items() if t is not None}
-            result = job.task.compute(tensors, self.tokenizer)
-            output = job.output
-            if result is None or (result.shape, result.dtype) != (output.shape, output.dtype):
-                found = "nothing" if result is None else f"{list(result.shape)} {result.dtype}"
-                raise CannotStreamError(
-                    f"the method gave {found} for {output.name}, not {list(output.shape)} "
-                    f"{output.dtype}"
-                )
-            digest = self.writer.write(output.name, result.cpu())
+        read = {m: i.read() for m, i in job.inputs.items()}
+        device = self.options.device or "cpu"
+        tensors = {m: t.to(device) for m, t in read.items() if t is not None}
+        result = job.task.compute(tensors, self.tokenizer)
+        output = job.output
+        if result is None or (result.shape, result.dtype) != (output.shape, output.dtype):
+            found = "nothing" if result is None else f"{list(result.shape)} {result.dtype}"
+            raise CannotStreamError(
+                f"the method gave {found} for {output.name}, not {list(output.shape)} "
+                f"{output.dtype}"
+            )
+        digest = self.writer.write(output.name, result.cpu())
         del read, tensors, result
         for one in job.inputs.values():
             one.advise(mmap.MADV_DONTNEED)

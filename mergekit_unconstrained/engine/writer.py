@@ -44,7 +44,7 @@ class Writer:
     def write(self, name: str, tensor: torch.Tensor) -> str:
         """Write a tensor to its place; gives the hash of its bytes."""
         slot = self.layout.slots[name]
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         shard = self._shards[slot.shard]
         shard.write(raw.data, slot.start)
         shard.done(slot)

@@ -9,25 +9,28 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mergekit_unconstrained.errors import RecipeError
+from mergekit_unconstrained.evaluation.configured import FileTask
 from mergekit_unconstrained.evaluation.sandbox import Ran, run_python
-
-PROGRAM_UNKEYED = frozenset({"allow_code"})
-"""Of ProgramSettings: scores do not depend on it."""
+from mergekit_unconstrained.evaluation.settings import FileSettings, GenerationSettings
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*(?:python3?|py)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
 _ANY_BLOCK = re.compile(r"^[ \t]*```[ \t]*([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
 
 
-class ProgramSettings(BaseModel):
-    """A task that runs what the model writes; mixed into a kind's settings."""
+class ProgramSettings(GenerationSettings, FileSettings):
+    """A task that runs what the model writes; a kind adds to it."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    unkeyed: ClassVar[frozenset[str]] = FileSettings.unkeyed | {"allow_code"}
 
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest answer, of one round where there are several; one that has not ended by then counts
+    as a failure, scored all the same."""
     allow_code: bool = False
     """Whether Python that the model writes may be run (in a sandbox, see evaluation/sandbox.py)."""
     time_limit: float = Field(default=5.0, gt=0, le=600)
@@ -54,13 +57,20 @@ class Block(NamedTuple):
     closed: bool
 
 
-def check_allowed(name: str, settings: ProgramSettings) -> None:
-    """RecipeError unless model-written code may run."""
-    if not settings.allow_code:
-        raise RecipeError(
-            f"task {name!r} runs Python that the model writes, in a sandbox that is a guard rail "
-            "and not a jail: allow it with --allow-code, or with `allow_code: true` in the task"
-        )
+P = TypeVar("P", bound=ProgramSettings)
+
+
+class ProgramTask(FileTask[P]):
+    """A task that runs what the model writes; RecipeError unless that is allowed."""
+
+    def __init__(self, name: str, settings: P, folder: Path) -> None:
+        if not settings.allow_code:
+            raise RecipeError(
+                f"task {name!r} runs Python that the model writes, in a sandbox that is a guard "
+                "rail and not a jail: allow it with --allow-code, or with `allow_code: true` in "
+                "the task"
+            )
+        super().__init__(name, settings, folder)
 
 
 def run_programs(programs: Sequence[Program], settings: ProgramSettings) -> list[Ran]:

@@ -2,9 +2,10 @@
 
 With a chat template: the template's text with the beginning of the assistant's turn; the template
 writes every special token itself, and the answer follows directly. Without one: the messages'
-contents joined by newlines, behind the tokenizer's own beginning (a <s>, where it sets one), and a
-newline before the answer, which is how a fusion trains such models. A prompt that ends in white
-space has its separation already and gets no newline; `separator` puts any text there instead.
+contents, a newline behind each (behind an earlier answer the end of text instead, where the model
+has one), after the tokenizer's own beginning (a <s>, where it sets one), which is how a fusion
+trains such models. A prompt that ends in white space has its separation from the answer already and
+gets no newline; `separator` puts any text there instead.
 
 An answer's tokens are those of "prompt + answer" tokenised together, behind the tokens of the
 prompt. Only where the two together begin with other tokens than the prompt alone (a token would
@@ -61,7 +62,8 @@ class Prompts:
     def text(self, messages: Sequence[Message], chat: bool | None, separator: str = AUTO) -> str:
         """The prompt up to where the answer begins; ModelError when there is no template for it."""
         if not self._templated(chat):
-            plain = "\n".join(message.content for message in messages)
+            earlier = (m.content + self._behind(m) for m in messages[:-1])
+            plain = "".join([*earlier, *(m.content for m in messages[-1:])])
             return plain + between(plain, separator)
         return self._template([{"role": m.role, "content": m.content} for m in messages])
 
@@ -94,6 +96,12 @@ class Prompts:
         """Tokens at which an answer is over."""
         found = {*self._listed, self._end(chat)}
         return frozenset(i for i in found if isinstance(i, int))
+
+    def _behind(self, message: Message) -> str:
+        """What stands behind an earlier message where no template writes it."""
+        end = (self._tokenizer.eos_token or "") if message.role == "assistant" else ""
+        known = end and self._encode(end, special=False) == [self._tokenizer.eos_token_id]
+        return end if known else "\n"
 
     def _prompt(self, text: str, chat: bool | None) -> list[int]:
         found = self._encode(text, special=not self._templated(chat))

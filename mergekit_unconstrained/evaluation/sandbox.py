@@ -35,7 +35,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from mergekit_unconstrained.errors import UnconstrainedError
 
@@ -89,6 +89,7 @@ def run_python(
             "model-written Python is run on Linux and macOS only: this system has no limits that "
             "would hold it"
         )
+    token = secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
         # Resolved: the audit hook compares paths as text.
         made = stack.enter_context(
@@ -97,38 +98,20 @@ def run_python(
         folder = Path(made).resolve()
         for name, text in {**(files or {}), "program.py": code}.items():
             _write(folder, name, text)
-        token = secrets.token_hex(16)
-        job = {
-            "folder": str(folder),
-            "code": code,
-            "token": token,
-            "namespaces": namespaces(),
-            "readable": _standard_library(),
-            "packages": _installed(tuple(packages)),
-            "limits": {
-                "AS": memory_mb * 1024 * 1024,
-                "CPU": int(seconds) + 2,  # the wall clock comes first but for many threads
-                "FSIZE": FILE_LIMIT,
-                "NOFILE": 64,
-                "CORE": 0,
-            },
-        }
-        given = _spool(stack, stdin.encode("utf-8", "surrogatepass"))
-        told = _spool(stack, marshal.dumps(job))
+        job = {"folder": str(folder), "code": code, "token": token}
+        job |= _restrictions(seconds, memory_mb, packages)
         out, err = _spool(stack), _spool(stack)
         read, write = os.pipe()
         stack.callback(os.close, read)
         started = time.monotonic()
         try:
-            process = subprocess.Popen(
-                [*_PYTHON, str(_CHILD), "enter", str(told.fileno()), str(write)],
-                stdin=given,
-                stdout=out,
-                stderr=err,
-                cwd=folder,
-                env=_environment(folder),
-                pass_fds=(told.fileno(), write),
-                start_new_session=True,
+            process = _started(
+                folder,
+                write,
+                job=_spool(stack, marshal.dumps(job)),
+                given=_spool(stack, stdin.encode("utf-8", "surrogatepass")),
+                out=out,
+                err=err,
             )
         finally:
             os.close(write)
@@ -141,6 +124,38 @@ def run_python(
         stderr, cut_err = _tail(err)
         took = time.monotonic() - started
         return Ran(stdout, stderr, status, complete, took, cut_out or cut_err)
+
+
+def _restrictions(seconds: float, memory_mb: int, packages: Sequence[str]) -> dict[str, Any]:
+    """What the child holds the program to."""
+    return {
+        "namespaces": namespaces(),
+        "readable": _standard_library(),
+        "packages": _installed(tuple(packages)),
+        "limits": {
+            "AS": memory_mb * 1024 * 1024,
+            "CPU": int(seconds) + 2,  # the wall clock comes first but for many threads
+            "FSIZE": FILE_LIMIT,
+            "NOFILE": 64,
+            "CORE": 0,
+        },
+    }
+
+
+def _started(
+    folder: Path, write: int, *, job: IO[bytes], given: IO[bytes], out: IO[bytes], err: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """The child at work in its folder. write: the pipe's end on which it says how it ended."""
+    return subprocess.Popen(
+        [*_PYTHON, str(_CHILD), "enter", str(job.fileno()), str(write)],
+        stdin=given,
+        stdout=out,
+        stderr=err,
+        cwd=folder,
+        env=_environment(folder),
+        pass_fds=(job.fileno(), write),
+        start_new_session=True,
+    )
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class PromptSettings(TaskSettings):
     """A system message before every question."""
     chat: Literal["auto"] | bool = "auto"
     """Whether the tokenizer's chat template is used; auto: where it has one. Without it, the
-    messages are joined by newlines."""
+    messages are joined by newlines, earlier answers end as the model ends a text."""
 
 
 class JoinedSettings(PromptSettings):

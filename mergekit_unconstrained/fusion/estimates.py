@@ -15,6 +15,8 @@ from mergekit_unconstrained.fusion.plan import FusionPlan, Member
 BYTES_PER_TOKEN = 4.2
 """Of English text under the usual tokenizers: an estimate, to be replaced by the data stage."""
 SAMPLE = 500
+_ROW = 150
+"""Bytes of a line of the data stage beside its text."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,15 @@ def estimate(plan: FusionPlan) -> Estimate:
 
     A forward pass costs 2 operations per parameter and token, a training step 6.
     """
-    rows, tokens = _data(plan)
+    return costs(plan, *_data(plan))
+
+
+def costs(plan: FusionPlan, rows: int, tokens: int, text: int | None = None) -> Estimate:
+    """The estimate for data of so many conversations and tokens, whether they are there or not.
+
+    text: bytes of the conversations; None: as many as the tokens usually stand for.
+    """
+    text = int(tokens * BYTES_PER_TOKEN) if text is None else text
     s = plan.settings
     parameters = {m.name: _parameters(m) for m in plan.members}
     speed = flops_per_second()
@@ -52,8 +62,9 @@ def estimate(plan: FusionPlan) -> Estimate:
     seconds[f"training, {count} time{'s' if count > 1 else ''}"] = (
         6 * pivot * trained / speed * count
     )
+    data = rows * _ROW + text
     store = tokens * 3.5 * s.top_k * len(plan.members)
-    disk = store + count * pivot * (2 + (0 if plan.lora_rank else 24))
+    disk = data + store + count * pivot * (2 + (0 if plan.lora_rank else 24))
     memory = pivot * (4 + 12 * (0.02 if plan.lora_rank else 1.0))
     return Estimate(
         rows=rows,
@@ -67,15 +78,15 @@ def estimate(plan: FusionPlan) -> Estimate:
     )
 
 
-def _data(plan: FusionPlan) -> tuple[int, int]:
-    """Conversations and tokens of the data; the latter from a sample's bytes."""
+def _data(plan: FusionPlan) -> tuple[int, int, int]:
+    """Conversations, tokens that are read, bytes of text; the latter two from a sample's bytes."""
     s = plan.settings
     rows = read_conversations(plan.dataset, s.columns, s.split, s.max_rows)
     sample = list(islice(rows, SAMPLE))
     count = len(sample) + sum(1 for _ in rows)
     size = sum(len(t.text.encode()) for c in sample for t in c.turns)
-    per_row = min(size / max(len(sample), 1) / BYTES_PER_TOKEN, s.max_length)
-    return count, int(per_row * count)
+    mean = size / max(len(sample), 1)
+    return count, int(min(mean / BYTES_PER_TOKEN, s.max_length) * count), int(mean * count)
 
 
 def _parameters(member: Member) -> int:

@@ -31,6 +31,8 @@ def completed_by_rules(
     # A one-hot on gold is what the published alignment does for want of a distribution.
     without = (Origin.NONE,) if unaligned == "gold" else (Origin.NONE, Origin.GOLD)
     there = ~np.isin(found.origin, without) & (total > 0)
+    if rest == "renormalize":
+        there &= mass >= found.unmapped
     scale = np.where(there, 1 / np.where(there, total, 1), 0).astype(np.float32)
     probs = found.probs * scale[:, None]
     ids = np.where(probs > 0, found.ids, np.int32(-1))

@@ -87,7 +87,8 @@ class FusionSettings(BaseModel):
     """Whether the pivot's own distribution competes (published)."""
     rest: Literal["renormalize", "gold", "bucket"] = "renormalize"
     """Mass outside the top k or without a counterpart: spread over the kept entries in proportion
-    (as published), given to the gold token, or matched as one class of all other tokens."""
+    (as published; where more was without a counterpart than kept: no distribution), given to the
+    gold token, or matched as one class of all other tokens."""
     unaligned: Literal["gold", "skip"] = "gold"
     """Positions without a distribution: one-hot on gold (published) or no fusion loss."""
     pairing: Literal["pairwise", "joint"] = "pairwise"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_unconstrained.errors import DataError, ModelError
+from mergekit_unconstrained.errors import ModelError
 from mergekit_unconstrained.fusion.alignment.aligners import Pairs, build_map, make_aligner
 from mergekit_unconstrained.fusion.alignment.quality import measure
 from mergekit_unconstrained.fusion.data.prepared import dataset_identity, load_prepared, prepare
@@ -27,12 +27,7 @@ from mergekit_unconstrained.fusion.feed import open_feed
 from mergekit_unconstrained.fusion.launch import launch
 from mergekit_unconstrained.fusion.models import LocalModel, identity_of
 from mergekit_unconstrained.fusion.plan import FusionPlan
-from mergekit_unconstrained.fusion.records import (
-    Conversation,
-    Encoded,
-    Record,
-    SparseDistributions,
-)
+from mergekit_unconstrained.fusion.records import Conversation
 from mergekit_unconstrained.fusion.scores import Score, score
 from mergekit_unconstrained.fusion.settings import FusionSettings
 from mergekit_unconstrained.fusion.training.train import HISTORY, TrainJob
@@ -272,13 +267,15 @@ def training_job(
         **steps,
         **{k: getattr(s, k) for k in fields},
     }
+    # Where checkpoints are pushed to changes nothing in them.
+    inputs["training"] = {k: v for k, v in s.training.items() if not k.startswith(("hub_", "push"))}
     name = "sft" if sft else target_name(sources)
     stage = run.work.stage(f"train/{name}", inputs)
     job = TrainJob(
         pivot=run.pivot.weights.absolute(),
         tokenizer=run.pivot.tokenizer_folder.absolute(),
         out=model_of(stage).absolute(),
-        settings=s,
+        settings=s.model_copy(update={"training": pushed_as(plan, name)}),
         lm_loss_weight=weight,
         feed=feed,
         name=name,
@@ -286,6 +283,15 @@ def training_job(
         **steps,
     )
     return stage, job
+
+
+def pushed_as(plan: FusionPlan, name: str) -> dict[str, Any]:
+    """The settings' `training`; of several trainings each pushes to a repository of its own."""
+    training = dict(plan.settings.training)
+    apart = plan.settings.pairing == "pairwise" and len(plan.sources) > 1
+    if training.get("push_to_hub") and (apart or plan.settings.sft_baseline):
+        training["hub_model_id"] = f"{training['hub_model_id']}-{name}"
+    return training
 
 
 def train(run: Run, stage: Stage, job: TrainJob) -> Stage:
@@ -329,38 +335,3 @@ def held_out_score(run: Run, data: Stage, model: LocalModel, *, keep: bool = Tru
     if not keep:
         stage.discard()
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class Inspection:
-    """One conversation as a source's distributions reach the pivot."""
-
-    conversation: Conversation
-    record: Record
-    encoded: Encoded
-    aligned: SparseDistributions
-
-
-def inspection(
-    run: Run,
-    data: Stage,
-    source: LocalModel,
-    distributions: Stage,
-    alignment: Stage,
-    row: int | None,
-) -> Inspection:
-    """What `fuse inspect` shows. row: None for the first. DataError for one that is not there."""
-    train, held_out = load_prepared(data.folder)
-    rows = {c.row: c for c in (*train, *held_out)}
-    chosen = min(rows) if row is None else row
-    if chosen not in rows:
-        raise DataError(
-            f"row {chosen} is not among the {len(rows)} that are used (from {min(rows)} to "
-            f"{max(rows)}): it does not exist or was left out"
-        )
-    conversation = rows[chosen]
-    records = Store(distributions.folder / "store").read([chosen])
-    encoded = [run.pivot.encoder.encode(conversation)]
-    aligner = make_aligner(source, run.pivot, run.settings, alignment.folder)
-    (aligned,) = aligner.align(records, encoded)
-    return Inspection(conversation, records[0], encoded[0], aligned)

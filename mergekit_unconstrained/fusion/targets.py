@@ -6,7 +6,9 @@ of M candidates with k entries each has up to M k of them.
 
 rest: what becomes of the mass outside the source's top k and of entries without a counterpart in
 the pivot's vocabulary.
-    renormalize   spread over the kept entries in proportion; no entry kept: no distribution
+    renormalize   spread over the kept entries in proportion. No distribution where no entry is
+                  kept, or where those without a counterpart held more than the kept ones (ours):
+                  what the source meant there is mostly unknown
     gold          given to the token that came
     bucket        kept as the mass of all tokens not listed. Of a mixture: the mixed mass of the
                   candidates' rests, against all tokens that none of them lists

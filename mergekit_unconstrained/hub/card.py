@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.errors import UnconstrainedError
 from mergekit_unconstrained.hub import markdown
 from mergekit_unconstrained.hub.facts import (
+    THIS_MODEL,
     CardFacts,
+    DataSet,
     Method,
     Parent,
     Score,
@@ -27,14 +29,19 @@ from mergekit_unconstrained.hub.facts import (
     from_json,
     is_hub_id,
     listed,
+    reading,
     to_json,
     unknowns,
+    worse,
 )
+from mergekit_unconstrained.hub.licence_rules import RULES
+from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE, Verdict
 from mergekit_unconstrained.hub.names import display_name, sanitise_paths
 from mergekit_unconstrained.resources import resource
 
 __all__ = [
     "CardFacts",
+    "DataSet",
     "Method",
     "Parent",
     "Score",
@@ -49,57 +56,122 @@ __all__ = [
 ]
 
 TEMPLATE = "model_cards/merge.md.j2"
-_SLUG = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+TERMS_TEMPLATE = "model_cards/licence.md.j2"
+TERMS = "LICENSE.md"
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 
 
 def render(facts: CardFacts, template: Path | None = None) -> str:
     """The card's text. template: a Jinja file instead of ours; it runs in a sandbox."""
-    path = template or resource(TEMPLATE)
+    known = {
+        "facts": facts,
+        "front_matter": front_matter(facts),
+        "verdict": facts.verdict,
+        "reading": reading(facts),
+        "worse": worse(facts),
+        "unknowns": unknowns(facts),
+        "disclaimer": NOT_LEGAL_ADVICE,
+    }
+    # However many optional parts are missing, paragraphs are one empty line apart.
+    return _outside_code(_filled(template or resource(TEMPLATE), known)).strip() + "\n"
+
+
+def terms(facts: CardFacts) -> str | None:
+    """The text of LICENSE.md, where no single licence says all; else None."""
+    if facts.verdict.effective != "other" or not _is_known(facts.verdict):
+        return None
+    known = {"facts": facts, "verdict": facts.verdict, "disclaimer": NOT_LEGAL_ADVICE}
+    known["rules"] = RULES
+    return _outside_code(_filled(resource(TERMS_TEMPLATE), known)).strip() + "\n"
+
+
+def write(folder: Path, facts: CardFacts, template: Path | None = None) -> None:
+    """Write README.md, and LICENSE.md where the terms are several parents'.
+
+    The heat map that the facts name is drawn by the caller beforehand.
+    """
+    texts = {"README.md": render(facts, template), TERMS: terms(facts)}
+    for name, text in texts.items():
+        if text is not None:
+            with replacing(folder / name) as stream:
+                stream.write(text.encode("utf-8"))
+
+
+def front_matter(facts: CardFacts) -> str:
+    """The card's metadata for the Hub, as YAML."""
+    data: dict[str, Any] = _licence_data(facts.verdict)
+    models = [s.hub_id for p in facts.merged for s in p.sources if is_hub_id(s.hub_id)]
+    if models:
+        # A fusion fine-tunes its pivot; its teachers are no base models in the Hub's sense.
+        tuned = facts.fusion is not None and len(set(models)) == 1
+        relation = "finetune" if tuned else "merge"
+        data |= {"base_model": list(dict.fromkeys(models)), "base_model_relation": relation}
+    datasets = [d.hub_id for d in facts.data if is_hub_id(d.hub_id)]
+    if datasets:
+        data["datasets"] = list(dict.fromkeys(datasets))
+    languages = [one for one in facts.languages if re.fullmatch(r"[a-z]{2,3}|multilingual", one)]
+    if languages:
+        data["language"] = languages
+    method = markdown.one_line(facts.method.name)
+    data |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys(["merge", "mergekit", "mergekit-unconstrained", method])),
+    }
+    if results := _model_index(facts):
+        data["model-index"] = [{"name": markdown.one_line(facts.title), "results": results}]
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=math.inf).strip()
+
+
+def _licence_data(found: Verdict) -> dict[str, Any]:
+    """The Hub knows a closed list of short names."""
+    if found.effective != "other":
+        return {"license": found.effective}
+    if not _is_known(found):
+        return {"license": "unknown"}
+    return {"license": "other", "license_name": found.name, "license_link": TERMS}
+
+
+def _is_known(found: Verdict) -> bool:
+    """Whether anything at all can be said of the terms."""
+    return found.name != "unknown"
+
+
+def _model_index(facts: CardFacts) -> list[dict[str, Any]]:
+    """This model's own scores, as the Hub reads results."""
+    found = []
+    for s in facts.evaluation:
+        if s.model != THIS_MODEL or not math.isfinite(s.value):
+            continue
+        name, metric = markdown.one_line(s.task) or "task", markdown.one_line(s.metric) or "score"
+        said = [metric, *([f"n = {s.n}"] if s.n is not None else [])]
+        said += [f"standard error {s.stderr:.2g}"] if s.stderr is not None else []
+        score = {"type": _slug(metric), "name": ", ".join(said), "value": float(f"{s.value:.6g}")}
+        found.append(
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": name, "type": _slug(name)},
+                "metrics": [score],
+            }
+        )
+    return found
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "unnamed"
+
+
+def _filled(path: Path, known: Mapping[str, Any]) -> str:
     try:
-        source = path.read_text(encoding="utf-8")
-        known = {"front_matter": front_matter(facts), "unknowns": unknowns(facts)}
-        text = _compiled(source).render(facts=facts, **known)
+        return _compiled(path.read_text(encoding="utf-8")).render(known)
     except (OSError, UnicodeDecodeError) as error:
         raise UnconstrainedError(f"card template {path} cannot be read: {error}") from None
     except jinja2.TemplateSyntaxError as error:
         raise UnconstrainedError(f"card template {path}:{error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         raise UnconstrainedError(f"card template {path}: {error.message}") from None
-    # However many optional parts are missing, paragraphs are one empty line apart.
-    return _outside_code(text).strip() + "\n"
-
-
-def write(folder: Path, facts: CardFacts, template: Path | None = None) -> None:
-    """Write README.md. The heat map that the facts name is drawn by the caller beforehand."""
-    text = render(facts, template)
-    with replacing(folder / "README.md") as stream:
-        stream.write(text.encode("utf-8"))
-
-
-def front_matter(facts: CardFacts) -> str:
-    """The card's metadata for the Hub, as YAML."""
-    # A fusion fine-tunes its pivot; its teachers are no base models in the Hub's sense.
-    trained = facts.fusion is not None
-    parents = [p for p in facts.parents if not trained or p.role != "source"]
-    models = [s.hub_id for p in parents for s in p.sources if is_hub_id(s.hub_id)]
-    data: dict[str, Any] = {}
-    if facts.licence:
-        name = " ".join(markdown.visible(facts.licence).split())
-        if _SLUG.fullmatch(name):
-            data["license"] = name
-        else:  # the Hub knows a closed list of short names
-            data |= {"license": "other", "license_name": name}
-    if models:
-        relation = "finetune" if trained else "merge"
-        data |= {"base_model": list(dict.fromkeys(models)), "base_model_relation": relation}
-    method = markdown.visible(facts.method.name)
-    data |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(["merge", "mergekit", "mergekit-unconstrained", method])),
-    }
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=math.inf).strip()
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise UnconstrainedError(f"card template {path}: {type(error).__name__}: {error}") from None
 
 
 @functools.lru_cache(maxsize=4)
@@ -126,6 +198,10 @@ def _environment() -> jinja2.Environment:
         "python": json.dumps,
         "lower_first": _lower_first,
         "licences": _licences,
+        "fingerprint": _fingerprint,
+        "beginning": _beginning,
+        "counted": _counted,
+        "hardware": _hardware,
         "listed": listed,
         "lines": lambda text: len(text.splitlines()),
         "short": _short,
@@ -165,6 +241,31 @@ def _licences(parent: Parent) -> str:
     """The licence of a parent, and of its adapter where that is another."""
     model, *adapter = (source.licence or "unknown" for source in parent.sources)
     return ", adapter ".join([model, *(licence for licence in adapter if licence != model)])
+
+
+def _fingerprint(parent: Parent) -> str:
+    """The beginning of the hash of a parent's own weights, where they are one file."""
+    files = parent.sources[-1].files
+    if len(files) == 1:
+        return _beginning(files[0].sha256)
+    return f"{len(files)} files, see Checksums" if files else ""
+
+
+def _beginning(digest: str | None) -> str:
+    return f"{digest[:12]}…" if digest else ""
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """`40 search, 20 test`; the number alone where nothing else is said."""
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _hardware(machine: Mapping[str, str]) -> str:
+    """Accelerators, processor, cores and memory in one phrase."""
+    parts = [machine.get(key, "") for key in ("accelerators", "processor", "memory", "system")]
+    if cores := machine.get("cores"):
+        parts.insert(2, f"{cores} cores")
+    return ", ".join(part for part in parts if part)
 
 
 def _short(number: int | None) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import ConfigDict, TypeAdapter
+
+from mergekit_unconstrained.hub.licences import Verdict, verdict
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -29,7 +32,9 @@ class Source:
     """Where weights came from.
 
     name: as shown, never an absolute path (names.display_name). hub_id: `org/name` on the Hub, None
-    for a local folder. commit: the Hub's commit. licence: as its own card says it.
+    for a local folder. commit: the Hub's commit; revision: what the recipe asked for. licence,
+    languages: as its own card says them. tokenizer: sha256 of the tokenizer's file. place: of a
+    local folder, what the recipe beside the card calls it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -39,6 +44,31 @@ class Source:
     commit: str | None = None
     files: tuple[WeightFile, ...] = ()
     licence: str | None = None
+    revision: str | None = None
+    languages: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Data that made the model what it is.
+
+    role: what it did. sha256: of its one file, or of a folder's or split's contents, as `hashed`
+    says. rows: counts by split or use. place: as of a Source.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    role: str
+    hub_id: str | None = None
+    sha256: str | None = None
+    hashed: str = "file"
+    licence: str | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +130,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A source of a fusion.
+    """A source of a fusion; licence: of the model itself, None for one that was merged before.
 
     coverage, label_consistency: shares of the pivot's positions (fusion/alignment/by_bytes.py).
     won: share of conversations whose target came from it.
@@ -151,11 +181,12 @@ class CardFacts:
 
     recipe, coefficients: the texts of the recipe (with pinned ids) and of the coefficient table.
     command: what was run, without paths of this machine. heatmap: the picture's file name.
-    tokenizer: whose it is, or what it was made of. repo_id: where the model is or will be on the
-    Hub. outputs: the weight files written. fusion: for models that were trained. seconds: wall
-    time. searched: how the coefficients were found, where a search found them; its report is
-    report.md. unknown: sentences about what is not known, besides those that `unknowns` finds out
-    itself.
+    tokenizer: whose it is, or what it was made of. repo_id, tag: where the model is or will be on
+    the Hub. outputs: the weight files written. fusion: for models that were trained. data: what it
+    was trained or chosen on. seconds: wall time; machine: what it ran on. chosen: how the numbers
+    of the recipe were found; report: the search's report, where there was one. quantised: ids of
+    smaller versions. unknown: sentences about what is not known, besides those that `unknowns`
+    finds out itself.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -175,11 +206,18 @@ class CardFacts:
     chat_template: bool = False
     dtype: str = ""
     seconds: float | None = None
-    licence: str | None = None
+    machine: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
     repo_id: str | None = None
+    tag: str | None = None
     evaluation: tuple[Score, ...] = ()
+    evaluated_on: str = ""
     fusion: Fusion | None = None
-    searched: str = ""
+    data: tuple[DataSet, ...] = ()
+    chosen: str = ""
+    report: str | None = None
+    quantised: tuple[str, ...] = ()
+    provenance: bool = False
     unknown: tuple[str, ...] = ()
 
     @property
@@ -194,10 +232,50 @@ class CardFacts:
         return tuple(p for p in self.parents if p.role not in ("base", "pivot"))
 
     @property
+    def teachers(self) -> tuple[Parent, ...]:
+        """Those whose distributions were learned, and whose weights are not in the result."""
+        names = [t.name for t in self.fusion.teachers] if self.fusion is not None else []
+        roles = {"source", *(f"base of {name}" for name in names)} if names else set()
+        return tuple(p for p in self.parents if p.role in roles)
+
+    @property
+    def merged(self) -> tuple[Parent, ...]:
+        """Those whose weights are in the result."""
+        teachers = self.teachers
+        return tuple(p for p in self.parents if p not in teachers)
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """Every model and adapter once, in the order of the recipe."""
-        found = [source for parent in self.parents for source in parent.sources]
-        return tuple(dict.fromkeys(found))
+        return _sources(self.parents)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Those that every merged model declares."""
+        declared = [source.languages for source in _sources(self.merged)]
+        first = declared[0] if declared else ()
+        return tuple(one for one in first if all(one in other for other in declared))
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is to be said of the licence."""
+        return verdict(
+            _licences(self.merged),
+            _licences(self.teachers),
+            [(d.name, d.licence) for d in self.data if d.role == TRAINED_ON],
+        )
+
+
+TRAINED_ON = "training"
+"""The role of data that a model learned from."""
+
+
+def _sources(parents: Sequence[Parent]) -> tuple[Source, ...]:
+    return tuple(dict.fromkeys(source for parent in parents for source in parent.sources))
+
+
+def _licences(parents: Sequence[Parent]) -> list[tuple[str, str | None]]:
+    return [(source.name, source.licence) for source in _sources(parents)]
 
 
 def to_json(facts: CardFacts) -> str:
@@ -221,22 +299,79 @@ def unknowns(facts: CardFacts) -> tuple[str, ...]:
     local = [source.name for source in sources if source.hub_id is None]
     unpinned = [source.name for source in sources if source.hub_id and source.commit is None]
     unlicensed = [source.name for source in sources if not source.licence]
+    local_data = [d.name for d in facts.data if d.hub_id is None and d.place is not None]
     found = []
     if local:
         found.append(
             f"Where the files of {listed(local)} came from: they were read from a local folder. "
-            "Their checksums are above."
+            f"Their checksums are above.{_declared(sources)}"
         )
     if unpinned:
         found.append(f"Which commit of {listed(unpinned)} was read.")
     if unlicensed:
-        own = "" if facts.licence else ", and so the licence of this model"
-        found.append(f"The licence of {listed(unlicensed)}{own}.")
-    elif not facts.licence:
-        found.append("The licence of this model, which must respect those of all its parents.")
+        found.append(f"The licence of {listed(unlicensed)}, and so the licence of this model.")
+    if local_data:
+        found.append(f"Where the data {listed(local_data)} came from: it was read from this disk.")
+    unlicensed = [d.name for d in facts.data if not d.licence and d.rows]
+    if unlicensed:
+        found.append(f"The licence of the data {listed(unlicensed)}.")
     if not facts.evaluation:
-        found.append("How good this model is: it has not been evaluated.")
+        found.append(
+            "How good this model is, and what it is worse at than its parents: it has not been "
+            "evaluated."
+        )
     return (*found, *facts.unknown)
+
+
+def _declared(sources: Sequence[Source]) -> str:
+    """What the cards of local folders say of their origin."""
+    return "".join(
+        f" The card of {s.name} says that it was made from {listed(s.made_from)}."
+        for s in sources
+        if s.hub_id is None and s.made_from
+    )
+
+
+def reading(facts: CardFacts) -> tuple[str, ...]:
+    """How the units of the evaluation are read."""
+    metrics = {score.metric for score in facts.evaluation}
+    found = [f"Of {m}, less is better." for m in LOWER_IS_BETTER if m in metrics]
+    if any(metric.startswith("nats") for metric in metrics):
+        found.append("Nats are log-likelihoods: nearer to zero is better.")
+    return tuple(found)
+
+
+def worse(facts: CardFacts) -> tuple[str, ...]:
+    """What this model is worse at than another one in its evaluation, in sentences.
+
+    The distance is in standard errors of the difference, as of independent samples.
+    """
+    found = []
+    for own in facts.evaluation:
+        if own.model != THIS_MODEL:
+            continue
+        others = [s for s in facts.evaluation if _same_question(s, own) and s is not own]
+        sign = -1.0 if own.metric in LOWER_IS_BETTER else 1.0
+        for other in sorted(others, key=lambda s: -sign * s.value):
+            gap = sign * (other.value - own.value)
+            if gap <= 0:
+                continue
+            said = f"{own.task}: {own.value:.4g} {own.metric} against {other.value:.4g} of "
+            said += other.model
+            error = math.hypot(own.stderr or 0.0, other.stderr or 0.0)
+            if error:
+                said += f", {gap / error:.1f} standard errors worse"
+                said += " (may be chance)" if gap < 2 * error else ""
+            found.append(said + ".")
+    return tuple(found)
+
+
+THIS_MODEL = "this model"
+LOWER_IS_BETTER = ("bits per byte", "perplexity")
+
+
+def _same_question(one: Score, two: Score) -> bool:
+    return (one.task, one.metric) == (two.task, two.metric)
 
 
 def listed(words: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,19 +10,24 @@ from typing import Any
 
 from mergekit_unconstrained.catalog import entry_for
 from mergekit_unconstrained.compat import MergeOptions
-from mergekit_unconstrained.config.parents import Parent, weight_files
-from mergekit_unconstrained.engine.digest import BackgroundDigests
+from mergekit_unconstrained.config.parents import Parent
+from mergekit_unconstrained.engine.digest import BackgroundDigests, sha256
+from mergekit_unconstrained.fusion.data.prepared import dataset_identity
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, MergedGroup
+from mergekit_unconstrained.fusion.plan import parameters_by_model as plan_parameters
 from mergekit_unconstrained.fusion.scores import Score
 from mergekit_unconstrained.fusion.settings import settings_text
-from mergekit_unconstrained.fusion.workdir import Stage
-from mergekit_unconstrained.hub import card, curves, facts, licences, record
+from mergekit_unconstrained.fusion.workdir import Stage, read_manifest
+from mergekit_unconstrained.hub import card, curves, facts, licences, machine, provenance, sources
+from mergekit_unconstrained.hub.folder_facts import card_facts
 from mergekit_unconstrained.hub.names import display_name
-from mergekit_unconstrained.hub.pinning import pinned_recipe
+from mergekit_unconstrained.hub.pinning import pinned_recipe, places, portable_file
+from mergekit_unconstrained.hub.provenance import Provenance
+from mergekit_unconstrained.hub.record import RECIPE, flags
+from mergekit_unconstrained.hub.results import FUSION as FACTS
 
 SETTINGS = "fuse.yml"
 CURVES = "losses.png"
-FACTS = "fusion.json"
 
 
 @dataclass
@@ -43,6 +47,12 @@ class Stages:
         made = [self.data, *(stage for kind in kinds for stage in kind.values())]
         return [stage.folder for stage in (*made, *((self.sft,) if self.sft else ()))]
 
+    @property
+    def seconds(self) -> float:
+        """What they took when they were made, by whatever run."""
+        manifests = (read_manifest(folder) for folder in self.all())
+        return sum(float(m["seconds"]) for m in manifests if m is not None)
+
 
 def describe(
     plan: FusionPlan,
@@ -58,20 +68,26 @@ def describe(
 
     scores: bits per byte on the held-out conversations, by what the card calls the model.
     """
-    parents = {parent.name: parent for _, parent in plan.parents}
+    roles = [role for role, _ in plan.parents]
+    found = sources.resolved([p for _, p in plan.parents], options.transformers_cache)
+    parents = {parent.name: parent for parent in found}
     recipe = pinned_recipe(plan.document, parents, False, SETTINGS)
-    (folder / record.RECIPE).write_text(recipe, encoding="utf-8")
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
     # The work folder is this machine's business, and may be an absolute path.
     settings = settings_text(plan.settings.model_copy(update={"work_dir": None}))
     (folder / SETTINGS).write_text(settings, encoding="utf-8")
     (folder / FACTS).write_text(json.dumps(_facts(made, scores), indent=2) + "\n", encoding="utf-8")
-    if not options.write_model_card:
-        return
-    histories = curves.histories(made.trained, made.sft)
+    histories = curves.histories(made.trained, made.sft) if options.write_model_card else []
     if histories:
         curves.draw(histories, folder / CURVES, title)
-    found = _card(plan, made, folder, title, digests, scores, seconds, recipe)
-    card.write(folder, found)
+    names = places(parents.values())
+    told = [_parent(p, role, names, digests) for role, p in zip(roles, found, strict=True)]
+    licences_of = {p.name: sources.licence(p.folder) for p in found}
+    known = _provenance(plan, made, folder, title, seconds, options, licences_of)
+    known = known.model_copy(update={"parents": tuple(told)})
+    known = provenance.write(folder, known)
+    if options.write_model_card:
+        card.write(folder, card_facts(folder, known))
 
 
 def _facts(made: Stages, scores: Mapping[str, Score]) -> dict[str, Any]:
@@ -96,16 +112,16 @@ def _public(results: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in results.items() if k not in (*hidden, *timed)}
 
 
-def _card(
+def _provenance(
     plan: FusionPlan,
     made: Stages,
     folder: Path,
     title: str,
-    digests: BackgroundDigests,
-    scores: Mapping[str, Score],
     seconds: float,
-    recipe: str,
-) -> facts.CardFacts:
+    options: MergeOptions,
+    licences_of: Mapping[str, str | None],
+) -> Provenance:
+    """All but the parents. licences_of: by the model's name in the recipe."""
     spec = plan.method.spec
     entry = entry_for(spec.name)
     method = facts.Method(
@@ -115,54 +131,82 @@ def _card(
         paper=entry.paper if entry else "",
         url=spec.reference_url or "",
     )
+    return Provenance(
+        title=title,
+        method=method,
+        parents=(),
+        data=(_data(plan, made), *_files(plan)),
+        recipe=RECIPE,
+        settings=SETTINGS,
+        flags=tuple(flags(options)),
+        seeds={"settings": plan.settings.seed},
+        tokenizer=plan.pivot.name,
+        chat_template=sources.has_chat_template(folder),
+        fusion=_fusion(plan, made, folder, licences_of),
+        versions=machine.versions((*machine.PACKAGES, "tokenizers", "datasets", "accelerate")),
+        machine=machine.hardware(),
+        seconds=round(max(seconds, made.seconds), 1),
+        unknown=(ONLY_LIKELIHOOD,),
+    )
+
+
+ONLY_LIKELIHOOD = (
+    "How good this model is at tasks: only the likelihood of held-out responses was measured."
+)
+
+
+def _fusion(
+    plan: FusionPlan, made: Stages, folder: Path, licences_of: Mapping[str, str | None]
+) -> facts.Fusion:
     data = made.data.results
-    fusion = facts.Fusion(
+    return facts.Fusion(
         pivot=plan.pivot.name,
         dataset=display_name(plan.dataset, Path(plan.dataset).expanduser().exists()),
         conversations=int(data["conversations"]),
         held_out=int(data["held_out"]),
         left_out=dict(data["report"]["left_out"]),
-        teachers=tuple(_teacher(m, made) for m in plan.sources),
+        teachers=tuple(_teacher(m, made, licences_of.get(m.parent.name)) for m in plan.sources),
         training=_training(plan, made),
         curves=CURVES if (folder / CURVES).exists() else None,
         groups=tuple(_group(g) for g in plan.groups),
         settings_name=SETTINGS,
     )
-    return facts.CardFacts(
-        title=title,
-        method=method,
-        parents=tuple(_parent(parent, role, digests) for role, parent in plan.parents),
-        recipe=recipe,
-        command=_command(plan),
-        versions=record.versions((*record.PACKAGES, "tokenizers")),
-        outputs=tuple(record.file_facts(f) for f in weight_files(folder)),
-        tokenizer=plan.pivot.name,
-        chat_template=record.has_chat_template(folder),
-        seconds=round(seconds, 1),
-        fusion=fusion,
-        evaluation=tuple(
-            facts.Score("held-out responses", "bits per byte", name, s.bits_per_byte, s.stderr, s.n)
-            for name, s in scores.items()
-        ),
-        unknown=_unknown(plan),
+
+
+def _data(plan: FusionPlan, made: Stages) -> facts.DataSet:
+    """The data that was trained on; a Hub id's state is not known."""
+    path = Path(plan.dataset).expanduser()
+    counts = made.data.results
+    rows = {
+        "trained on": int(counts["conversations"]) - int(counts["held_out"]),
+        "held out": int(counts["held_out"]),
+    }
+    if not path.exists():
+        return facts.DataSet(plan.dataset, facts.TRAINED_ON, hub_id=plan.dataset, rows=rows)
+    folder = path if path.is_dir() else path.parent
+    return facts.DataSet(
+        name=path.name,
+        role=facts.TRAINED_ON,
+        sha256=dataset_identity(plan.dataset) if path.is_dir() else sha256(path),
+        hashed="names and contents of its files" if path.is_dir() else "file",
+        licence=sources.licence(folder),
+        rows=rows,
+        place=portable_file(plan.dataset),
     )
 
 
-def _command(plan: FusionPlan) -> str:
-    """What to run, and the file that it needs beside the recipe."""
-    command = shlex.join(["mergekit-yaml", record.RECIPE, "OUT"])
-    if not plan.settings_path:
-        return command
-    needed = f"# {record.RECIPE} needs {SETTINGS} of this folder in the current directory"
-    return f"{needed}\n{command}"
-
-
-def _unknown(plan: FusionPlan) -> tuple[str, ...]:
-    """What a reader has to know of licences, and which task scores were not measured."""
-    found = [
-        "How good this model is at tasks: only the likelihood of held-out responses was measured."
+def _files(plan: FusionPlan) -> list[facts.DataSet]:
+    """Chat templates and coefficient tables that the recipe takes from files."""
+    named = [
+        (str(own.get(key) or ""), key.replace("_", " "))
+        for own in plan_parameters(plan.document).values()
+        for key in ("chat_template", "coefficients")
     ]
-    return (*found, *licence_warnings(plan))
+    return [
+        facts.DataSet(Path(file).name, role, sha256=sha256(Path(file)), place=portable_file(file))
+        for file, role in dict.fromkeys(named)
+        if file and Path(file).is_file()
+    ]
 
 
 def licence_warnings(plan: FusionPlan) -> tuple[str, ...]:
@@ -170,19 +214,20 @@ def licence_warnings(plan: FusionPlan) -> tuple[str, ...]:
     found = []
     for role, parent in plan.parents:
         name = display_name(parent.name, parent.commit is None)
-        warning = licences.distillation(name, record.licence(parent.folder))
+        sources.fetch_card(parent.folder)
+        warning = licences.distillation(name, sources.licence(parent.folder))
         if warning and role != "pivot":
             found.append(warning)
     return tuple(found)
 
 
-def _teacher(member: Member, made: Stages) -> facts.Teacher:
+def _teacher(member: Member, made: Stages, licence: str | None) -> facts.Teacher:
     alignment = made.alignments[member.name].results
     shares: list[dict[str, float]] = [stage.results["won"] for stage in made.targets.values()]
     won = next((s for s in shares if member.name in s), {})
     return facts.Teacher(
         name=member.name,
-        licence=record.licence(member.parent.folder),
+        licence=licence,
         weight=member.weight,
         coverage=alignment.get("coverage"),
         label_consistency=alignment.get("label_consistency"),
@@ -223,11 +268,13 @@ def _group(group: MergedGroup) -> facts.Group:
     )
 
 
-def _parent(parent: Parent, role: str, digests: BackgroundDigests) -> facts.Parent:
+def _parent(
+    parent: Parent, role: str, names: Mapping[str, str], digests: BackgroundDigests
+) -> facts.Parent:
     return facts.Parent(
         role=role,
-        model=record.source_of(parent, digests),
-        adapter=record.adapter_of(parent, digests),
-        architecture=str((getattr(parent.config, "architectures", None) or [""])[0]),
-        parameters=record.parameters_of(parent),
+        model=sources.source_of(parent, names, digests),
+        adapter=sources.adapter_of(parent, names, digests),
+        architecture=sources.architecture_of(parent),
+        parameters=sources.parameters_of(parent),
     )

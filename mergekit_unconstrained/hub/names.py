@@ -29,6 +29,12 @@ def display_name(model: str, local: bool = False) -> str:
     return " + ".join(_part(part, local) for part in parts)
 
 
+def cached_id(path: str) -> tuple[str, str] | None:
+    """Hub id and commit of a folder in the Hub's cache; None for any other path."""
+    found = _SNAPSHOT.search(path)
+    return (f"{found[1]}/{found[2]}", found[3]) if found else None
+
+
 def sanitise_paths(text: str, models: Mapping[str, str] | None = None) -> str:
     """A text without absolute paths.
 

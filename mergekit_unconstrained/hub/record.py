@@ -1,28 +1,25 @@
-"""What a finished folder says of itself: pinned recipe, coefficient table, heat map, card."""
+"""What a finished merge says of itself: pinned recipe, table, heat map, provenance, card."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import math
-import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit_unconstrained import __version__
 from mergekit_unconstrained.catalog import entry_for
 from mergekit_unconstrained.compat import MergeOptions
-from mergekit_unconstrained.config.grid import Grid, build_grid, summary
-from mergekit_unconstrained.config.parents import Parent, weight_files
+from mergekit_unconstrained.config.grid import ExpertGrid, Grid, build_grid, summary
+from mergekit_unconstrained.config.parents import Parent
+from mergekit_unconstrained.config.recipe import HUB_KEYS
 from mergekit_unconstrained.config.table import short_name
-from mergekit_unconstrained.engine.digest import BackgroundDigests, sha256
+from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan
-from mergekit_unconstrained.hub import card, facts
+from mergekit_unconstrained.hub import card, facts, machine, provenance, sources
+from mergekit_unconstrained.hub.folder_facts import card_facts
 from mergekit_unconstrained.hub.names import display_name
-from mergekit_unconstrained.hub.pinning import TABLE, clean, pinned_recipe
+from mergekit_unconstrained.hub.pinning import TABLE, clean, pinned_recipe, places
+from mergekit_unconstrained.hub.provenance import Provenance
 
 RECIPE = "mergekit_config.yml"  # the name that other tools look for
 HEATMAP = "coefficients.png"
@@ -37,15 +34,30 @@ CHANGING_FLAGS = (
 """mergekit's options that change what comes out, or whether it does."""
 HOW = {"engine", "memory_budget", "verify"}
 """Job options that say how, and change nothing of what comes out."""
-PACKAGES = ("mergekit", "torch", "transformers", "safetensors")
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a card says of a search: a sentence, and the scores on its test split."""
+def resolved(plan: Plan, options: MergeOptions) -> Plan:
+    """A plan whose parents are known as they lie here after the merge."""
+    found = sources.resolved((plan.base, *plan.experts), options.transformers_cache)
+    return dataclasses.replace(plan, base=found[0], experts=tuple(found[1:]))
 
-    sentence: str
-    scores: tuple[facts.Score, ...]
+
+def lay_out(plan: Plan, folder: Path, title: str, options: MergeOptions) -> None:
+    """Write what belongs to the weights: the pinned recipe, the table, the heat map.
+
+    plan: as `resolved` gives it.
+    """
+    parents = {p.name: p for p in (plan.base, *plan.experts)}
+    recipe = pinned_recipe(plan.document, parents, plan.table is not None)
+    (folder / RECIPE).write_text(recipe, encoding="utf-8")
+    if plan.table is not None:
+        table = clean(plan.table.document.text or "", parents)
+        (folder / TABLE).write_text(table, encoding="utf-8")
+    cells = (c for expert in plan.coefficients.values() for c in expert.values())
+    if options.write_model_card and any(c.weight is not None for c in cells):
+        from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
+
+        heatmap.draw(grid_of(plan), folder / HEATMAP, title)
 
 
 def describe(
@@ -55,70 +67,38 @@ def describe(
     digests: BackgroundDigests,
     seconds: float,
     options: MergeOptions,
-    found_by: Found | None = None,
+    data: Sequence[facts.DataSet] = (),
     written: Mapping[str, str] | None = None,
 ) -> None:
-    """Write everything but the weights into a finished output folder.
+    """Write provenance and card into a folder that holds everything else.
 
-    digests: of plan.files. seconds: what the merge took. found_by: the search that chose the
-    coefficients. written: sha256 of the output's files where it is known already.
+    digests: of plan.files. seconds: what the merge took. data: what the coefficients were chosen
+    on. written: sha256 of the output's weight files where it is known already.
     """
-    parents = {p.name: p for p in (plan.base, *plan.experts)}
-    recipe = pinned_recipe(plan.document, parents, plan.table is not None)
-    (folder / RECIPE).write_text(recipe, encoding="utf-8")
-    table = None
-    if plan.table is not None:
-        table = clean(plan.table.document.text or "", parents)
-        (folder / TABLE).write_text(table, encoding="utf-8")
-    if options.write_model_card:
-        found = card_facts(
-            plan, folder, title, digests, seconds, options, recipe, table, written or {}
-        )
-        if found_by is not None:
-            found = dataclasses.replace(
-                found, evaluation=found_by.scores, searched=found_by.sentence
-            )
-        if found.heatmap is not None:
-            from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
-
-            heatmap.draw(grid_of(plan), folder / found.heatmap, title)
-        card.write(folder, found)
-
-
-def card_facts(
-    plan: Plan,
-    folder: Path,
-    title: str,
-    digests: BackgroundDigests,
-    seconds: float,
-    options: MergeOptions,
-    recipe: str,
-    table: str | None,
-    written: Mapping[str, str],
-) -> facts.CardFacts:
-    """Everything the card of a finished folder says; the arguments as in `describe`."""
-    has_weights = any(c.weight is not None for e in plan.coefficients.values() for c in e.values())
-    return facts.CardFacts(
+    parents = (plan.base, *plan.experts)
+    names = places(parents)
+    known = Provenance(
         title=title,
         method=_method(plan),
-        parents=tuple(_parent(p, plan, digests) for p in (plan.base, *plan.experts)),
-        recipe=recipe,
-        command=shlex.join(["mergekit-yaml", RECIPE, "OUT", *_flags(options)]),
-        versions=versions(),
-        outputs=tuple(
-            facts.WeightFile(f.name, written.get(f.name) or sha256(f), f.stat().st_size)
-            for f in weight_files(folder)
-        ),
-        recipe_name=RECIPE,
-        coefficients=table,
-        coefficients_name=TABLE,
-        heatmap=HEATMAP if has_weights else None,
+        parents=tuple(_parent(p, plan, names, digests) for p in parents),
+        data=tuple(data),
+        recipe=RECIPE,
+        coefficients=TABLE if plan.table is not None else None,
+        heatmap=HEATMAP if (folder / HEATMAP).is_file() else None,
+        weights={name: _weights(expert) for name, expert in grid_of(plan).experts.items()},
+        flags=tuple(flags(options)),
+        seeds=_seeds(plan, options),
         tokenizer=_tokenizer(plan, folder),
-        chat_template=has_chat_template(folder),
+        chat_template=sources.has_chat_template(folder),
         dtype=", ".join(sorted({t.dtype for t in plan.tensors})),
+        versions=machine.versions(),
+        machine=machine.hardware(),
         seconds=round(seconds, 1),
         unknown=() if any(folder.glob("token*")) else (NO_TOKENIZER,),
     )
+    known = provenance.write(folder, known, written or {})
+    if options.write_model_card:
+        card.write(folder, card_facts(folder, known))
 
 
 def grid_of(plan: Plan) -> Grid:
@@ -149,11 +129,11 @@ def _method(plan: Plan) -> facts.Method:
         paper=entry.paper if entry else "",
         url=spec.reference_url or "",
         operator=str(operator) if operator and operator != VARIES else None,
-        parameters=shown | plan.job.model_dump(exclude_defaults=True, exclude=HOW),
+        parameters=shown | plan.job.model_dump(exclude_defaults=True, exclude={*HUB_KEYS, *HOW}),
     )
 
 
-def _flags(options: MergeOptions) -> list[str]:
+def flags(options: MergeOptions) -> list[str]:
     """The command-line options without which the same recipe would give something else."""
     flags = []
     for name in CHANGING_FLAGS:
@@ -168,69 +148,33 @@ def _plain(value: Any) -> str | int | float | bool | None:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _parent(parent: Parent, plan: Plan, digests: BackgroundDigests) -> facts.Parent:
+def _parent(
+    parent: Parent, plan: Plan, names: dict[str, str], digests: BackgroundDigests
+) -> facts.Parent:
     is_base = parent is plan.base
     grid = build_grid(plan.roles, {"": plan.coefficients.get(parent.name, {})})
     return facts.Parent(
         role="base" if is_base else "expert",
-        model=source_of(parent, digests),
-        adapter=adapter_of(parent, digests),
+        model=sources.source_of(parent, names, digests),
+        adapter=sources.adapter_of(parent, names, digests),
         weight="" if is_base else summary(grid.experts[""]),
-        architecture=str((getattr(parent.config, "architectures", None) or [""])[0]),
-        parameters=parameters_of(parent),
+        architecture=sources.architecture_of(parent),
+        parameters=sources.parameters_of(parent),
     )
 
 
-def source_of(parent: Parent, digests: BackgroundDigests) -> facts.Source:
-    """A parent's model, without its adapter."""
-    path = parent.reference.model.path
-    local = Path(path).is_dir()
-    return facts.Source(
-        name=display_name(str(parent.reference.model), local),
-        hub_id=None if local else path,
-        commit=parent.commit,
-        files=tuple(file_facts(f, digests) for f in parent.weight_files),
-        licence=licence(parent.folder),
-    )
+def _weights(expert: ExpertGrid) -> dict[str, list[float | None]]:
+    """By kind of tensor, one mean weight a layer."""
+    layers = max((layer for layer, _ in expert.inner), default=-1) + 1
+    found: dict[str, list[float | None]] = {}
+    for (layer, kind), cell in expert.inner.items():
+        found.setdefault(kind, [None] * layers)[layer] = cell.weight
+    return found | {kind: [cell.weight] for kind, cell in expert.outer.items()}
 
 
-def adapter_of(parent: Parent, digests: BackgroundDigests) -> facts.Source | None:
-    """A parent's adapter, None when it has none."""
-    adapter = parent.reference.lora
-    if adapter is None:
-        return None
-    local = Path(adapter.path).is_dir()
-    return facts.Source(
-        name=display_name(str(adapter), local),
-        hub_id=None if local else adapter.path,
-        files=tuple(file_facts(f, digests) for f in parent.adapter_files),
-        licence=licence(Path(adapter.path)) if local else None,
-    )
-
-
-def parameters_of(parent: Parent) -> int | None:
-    """The number of a parent's weights, None where its headers are not known."""
-    return sum(math.prod(h.shape) for h in (parent.tensors or {}).values()) or None
-
-
-def file_facts(file: Path, digests: BackgroundDigests | None = None) -> facts.WeightFile:
-    """Name, hash and size of a weight file. digests: where its hash is already being computed."""
-    digest = digests[file] if digests is not None else sha256(file)
-    return facts.WeightFile(name=file.name, sha256=digest, size=file.stat().st_size)
-
-
-def licence(folder: Path | None) -> str | None:
-    """The licence that a model's own card declares."""
-    from huggingface_hub import ModelCard
-
-    card_file = folder / "README.md" if folder is not None else None
-    if card_file is None or not card_file.exists():  # load() would take the path for a Hub id
-        return None
-    try:
-        declared = ModelCard.load(card_file).data.license
-    except Exception:  # a card that cannot be read: not known
-        return None
-    return str(declared) if declared else None
+def _seeds(plan: Plan, options: MergeOptions) -> dict[str, int]:
+    found = {"recipe": plan.shared.get("seed"), "mergekit": options.random_seed}
+    return {name: seed for name, seed in found.items() if isinstance(seed, int)}
 
 
 def _tokenizer(plan: Plan, folder: Path) -> str:
@@ -241,19 +185,3 @@ def _tokenizer(plan: Plan, folder: Path) -> str:
     if source in (None, "base"):
         return display_name(str(plan.base.reference.model), plan.base.commit is None)
     return "union of the parents' tokenizers" if source == "union" else display_name(str(source))
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Whether a model's folder brings a chat template."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(config.get("chat_template")) or (folder / "chat_template.jinja").exists()
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """This package's release, those of others, and Python's."""
-    versions = {"mergekit-unconstrained": __version__}
-    versions |= {name: importlib.metadata.version(name) for name in packages}
-    return versions | {"python": platform.python_version()}

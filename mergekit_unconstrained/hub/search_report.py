@@ -7,7 +7,7 @@ example; "no synergy found" is a sentence that this file writes when it is so.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from mergekit_unconstrained.evaluation.statistics import (
     synergy,
 )
 from mergekit_unconstrained.hub import search_plots
-from mergekit_unconstrained.hub.facts import Score
 from mergekit_unconstrained.hub.markdown import code, md
 from mergekit_unconstrained.hub.names import display_name
 from mergekit_unconstrained.hub.record import HEATMAP
@@ -128,7 +127,7 @@ def gather(
     tested: Tested,
 ) -> Report:
     """All facts, from the storage and the scores."""
-    shown = {label: _shown(label) for label in tested}
+    shown = _names(tested)
     results = {shown[label]: scores for label, scores in tested.items()}
     history = {LABELS[name]: study.finished for name, study in studies.items()}
     searched = searcher.spaces.searched
@@ -155,14 +154,19 @@ def gather(
     )
 
 
-def _shown(label: str) -> str:
-    if label in LABELS.values():
-        return label
-    kind, _, name = label.partition(" ")
-    if kind == "base" and name:
+def _names(labels: Iterable[str]) -> dict[str, str]:
+    """Label of `Tested` -> what tables call the model; no two the same."""
+    found = {label: label for label in labels if label in LABELS.values()}
+    for label in labels:
+        if label in found:
+            continue
+        kind, _, name = label.partition(" ")
         shown = display_name(name)
-        return shown if shown == "base" else f"base {shown}"
-    return display_name(label)
+        if (kind == "base" and shown != "base") or shown in LABELS.values():
+            shown = f"{kind} {shown}"
+        alike = sum(other == shown or other.startswith(f"{shown} (") for other in found.values())
+        found[label] = f"{shown} ({alike + 1})" if alike else shown
+    return {label: found[label] for label in labels}
 
 
 def _front(study: Study) -> list[Finished]:
@@ -272,6 +276,8 @@ def write(report: Report, folder: Path) -> None:
     (folder / "report.md").write_text(markdown(report, drawn), encoding="utf-8")
     content = {k: v for k, v in asdict(report).items() if k not in ("history", "front")}
     content["verdict"] = report.verdict
+    content["this_model"] = LABELS[SEARCHED]
+    content["found_by"] = report.sentence
     content["history"] = {
         label: [_brief(f) for f in found] for label, found in report.history.items()
     }
@@ -328,22 +334,6 @@ def _front_table(report: Report) -> list[str]:
         "",
     ]
     return lines
-
-
-def card_scores(report: Report) -> tuple[Score, ...]:
-    """The test split as rows of a card: this model beside every other one."""
-    return tuple(
-        Score(
-            task=task.name,
-            metric=task.unit,
-            model="this model" if model == LABELS[SEARCHED] else model,
-            value=found.mean,
-            stderr=found.error,
-            n=found.n,
-        )
-        for task in report.tasks
-        for model, found in task.means.items()
-    )
 
 
 def _table(report: Report) -> list[str]:

@@ -21,7 +21,7 @@ from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.jobs import fast, weights
+from mergekit_unconstrained.jobs import fast, weights, whole_model
 from mergekit_unconstrained.jobs.recipes import document_of, load_recipe
 from mergekit_unconstrained.jobs.tables import plot_coefficients, show_coefficients, starting_table
 from mergekit_unconstrained.jobs.weights import RunMerge
@@ -103,6 +103,7 @@ def check(path: str, options: MergeOptions) -> str:
     if isinstance(method, compat.ModelMethod):
         return whole_models(method).plan(document, config, method, options).summary
     plan = make_plan(document, config, method, options)
+    whole_model.measures_of(plan)
     return (
         f"{method.spec.name}, {len(plan.experts)} experts, {len(plan.tensors):,} tensors, "
         f"{plan.layers} layers"

@@ -7,7 +7,7 @@ the paper leaves the grouping to its reader).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from mergekit_unconstrained.errors import ModelError
 from mergekit_unconstrained.fusion import plan as fusion_plan
 from mergekit_unconstrained.fusion.models import identity_of
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, MergedGroup
-from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, safe
+from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, hashed, safe
 from mergekit_unconstrained.jobs import fusing
-from mergekit_unconstrained.jobs.weights import RunMerge, merge_into, run_job
+from mergekit_unconstrained.jobs.fused_targets import pivot_dtype
+from mergekit_unconstrained.jobs.publishing import Publication, without_keys
+from mergekit_unconstrained.jobs.weights import RunMerge, files_hash, merge_into, run_job
 from mergekit_unconstrained.present import fusion as display
 
 
@@ -113,10 +115,23 @@ def run(
         assert group.recipe is not None
         text = group.recipe.text or ""
         config = MergeConfiguration.model_validate(yaml.safe_load(text))
-        run_job(run_merge, compat.get("layerwise"), config, out, options, group.recipe)
+        parents = (*((group.base,) if group.base is not None else ()), *group.members)
+        asked = [without_keys(document).data, group.recipe.data, files_hash(parents)]
+        publication = Publication(found.job, hashed({"job": asked}), parents, quiet=options.quiet)
+        publication.check(card=options.write_model_card)
+        run_job(
+            run_merge, compat.get("layerwise"), config, out, options, group.recipe,
+            publication=publication,
+        )  # fmt: skip
+        return
+    groups = tuple(MergedGroup(g.name, g.base, g.members) for g in found.groups)
+    publication = fusing.publication_of(dataclasses.replace(found.fusion, groups=groups), options)
+    publication.check(card=options.write_model_card)
+    if publication.goes_on(out):
+        publication.push(out)
         return
     fused = merged_groups(found, found.fusion, out, options, run_merge)
-    fusing.fuse(fused, out, options, run_merge)
+    fusing.fuse(fused, out, options, run_merge, publication=publication)
 
 
 def merged_groups(
@@ -176,16 +191,7 @@ def _groups(
     parameters: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Group, ...]:
     """The pivot's group first, the others in the order of their first model."""
-    found: list[list[Parent]] = [[]]
-    heads: list[Parent] = [base]
-    for parent in parents:
-        for head, members in zip(heads, found, strict=True):
-            if mergeable(head, parent):
-                members.append(parent)
-                break
-        else:
-            heads.append(parent)
-            found.append([parent])
+    heads, found = grouped(base, parents)
     names = fusion_plan.unique_names([_group_name(h, m) for h, m in zip(heads, found, strict=True)])
     groups = []
     for index, (name, members) in enumerate(zip(names, found, strict=True)):
@@ -210,16 +216,48 @@ def _groups(
     return tuple(groups)
 
 
+def grouped(base: Parent, parents: Sequence[Parent]) -> tuple[list[Parent], list[list[Parent]]]:
+    """The rule for groups: a model joins the first group whose head it can be merged with.
+
+    Returns every group's head and its members. The base is the head of the first group and no
+    member of it; any other head is the first member of its own.
+    """
+    heads, found = [base], [list[Parent]()]
+    for parent in parents:
+        for head, members in zip(heads, found, strict=True):
+            if mergeable(head, parent):
+                members.append(parent)
+                break
+        else:
+            heads.append(parent)
+            found.append([parent])
+    return heads, found
+
+
 def mergeable(one: Parent, two: Parent) -> bool:
-    """Whether two models can be merged tensor by tensor: architecture, shapes and tokenizer."""
+    """Whether two models can be merged tensor by tensor."""
+    return obstacle(one, two) is None
+
+
+def obstacle(one: Parent, two: Parent) -> str | None:
+    """Why two models cannot be merged tensor by tensor, None where they can.
+
+    Architecture, shapes and tokenizer decide.
+    """
     try:
         check_agreement(one, two, tokenizer_given=False)
-    except ModelError:
-        return False
+    except ModelError as error:
+        return str(error)
     if one.tensors is None or two.tensors is None:
-        return True
+        return None
     common = one.tensors.keys() & two.tensors.keys()
-    return bool(common) and all(one.tensors[n].shape == two.tensors[n].shape for n in common)
+    if not common:
+        return f"{two.name} and {one.name} have no tensor in common"
+    for name in (n for n in one.tensors if n in common):
+        mine, theirs = list(one.tensors[name].shape), list(two.tensors[name].shape)
+        if mine != theirs:
+            return f"{name} is {theirs} in {two.name} but {mine} in {one.name}"
+    return None
 
 
 def _weighted(parent: Parent, parameters: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -272,7 +310,7 @@ def _recipe(
         "models": experts,
         "parameters": settings,
     }
-    data["dtype"] = document.data.get("dtype") or fusing.pivot_dtype(base)
+    data["dtype"] = document.data.get("dtype") or pivot_dtype(base)
     return Document.parse(yaml.safe_dump(data, sort_keys=False), f"{document.name}, group {name}")
 
 

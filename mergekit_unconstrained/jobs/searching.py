@@ -8,6 +8,7 @@ was found. Whatever ends a search, the same command goes on with it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -30,14 +31,16 @@ from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.engine.plan import Plan, make_plan
 from mergekit_unconstrained.errors import OutputError, RecipeError
+from mergekit_unconstrained.evaluation.configured import ConfiguredTask
 from mergekit_unconstrained.evaluation.records import Split
-from mergekit_unconstrained.evaluation.settings import load_tasks, read_tasks
 from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_refused
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
 from mergekit_unconstrained.hub import search_report
+from mergekit_unconstrained.hub.facts import DataSet
 from mergekit_unconstrained.hub.pinning import clean
-from mergekit_unconstrained.hub.record import Found
+from mergekit_unconstrained.hub.publication import read as noted
+from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.jobs.weights import apply_adapters, files_hash, run_job
 from mergekit_unconstrained.present import search as display
 from mergekit_unconstrained.present.bars import progress
@@ -51,7 +54,7 @@ from mergekit_unconstrained.search.run import (
     fixing_unused,
 )
 from mergekit_unconstrained.search.samplers import grid_points
-from mergekit_unconstrained.search.settings import GenomeSettings, SearchSettings, load_settings
+from mergekit_unconstrained.search.settings import GenomeSettings, SearchSettings, read_file
 from mergekit_unconstrained.search.space import Candidate, Space, make_space
 from mergekit_unconstrained.search.stock import stock_recipe
 from mergekit_unconstrained.search.study import Study, open_storage
@@ -86,14 +89,13 @@ def work_of(out: Path) -> Path:
     return out.with_name(out.name + ".search")
 
 
-def plan_search(path: Path, out: Path, options: MergeOptions, **changes: Any) -> SearchPlan:
+def plan_search(path: Path, options: MergeOptions, **changes: Any) -> SearchPlan:
     """Check a search file against models and tasks, before a weight is read.
 
     changes: settings that the command line overrides; None says nothing.
     """
-    settings, document = load_settings(path)
-    settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    tasks = _tasks(document, path, settings)
+    settings, document, tasks = read_file(path, changes)
+    _check_tasks(document, settings, tasks)
     recipe = settings.recipe
     method = compat.get(str(recipe.get("merge_method", "")))
     if isinstance(method, compat.ModelMethod):
@@ -120,7 +122,7 @@ def plan_search(path: Path, out: Path, options: MergeOptions, **changes: Any) ->
         free=space(uniform),
     )
     _check_grid(document, settings, spaces.searched)
-    merge = merge_plan(spaces.searched, work_of(out) / "start", options)
+    merge = merge_plan(document, spaces.searched, options)
     return SearchPlan(document, settings, tasks, spaces, merge, _job(settings, tasks, merge))
 
 
@@ -134,27 +136,24 @@ def _check_grid(document: Document, settings: SearchSettings, space: Space) -> N
         )
 
 
-def _tasks(document: Document, path: Path, settings: SearchSettings) -> tuple[Task, ...]:
-    given = document.data["tasks"]
-    if isinstance(given, str):
-        tasks = load_tasks(path.parent / given, allow_code=settings.allow_code)
-    else:
-        tasks = read_tasks(document, path.parent, allow_code=settings.allow_code)
+def _check_tasks(
+    document: Document, settings: SearchSettings, tasks: Sequence[ConfiguredTask]
+) -> None:
     if not any("search" in t.splits() and t.weight > 0 for t in tasks):
         document.fail(("tasks",), "no task has a `search` split: nothing could be optimised")
     check_disjoint(tasks)
     if not settings.allow_test_split:
         for task in tasks:
             fitness_refused(task)
-    return tuple(tasks)
 
 
-def merge_plan(space: Space, folder: Path, options: MergeOptions) -> Plan:
-    """The plan of job A for the start of the genome, its files written to `folder`."""
-    document = write_candidate(space.candidate(space.genome.start), folder)
-    config = MergeConfiguration.model_validate(document.data)
-    method = compat.get(config.merge_method)
-    return make_plan(document, config, method, options)
+def merge_plan(document: Document, space: Space, options: MergeOptions) -> Plan:
+    """The plan of job A for the start of the genome; what is wrong is named in the search file."""
+    made = Document.parse(space.candidate(space.genome.start).in_one(), document.name)
+    lines = {place[1:]: n for place, n in document.lines.items() if place[:1] == ("recipe",)}
+    recipe = dataclasses.replace(made, lines=lines, spans={})
+    config = MergeConfiguration.model_validate(recipe.data)
+    return make_plan(recipe, config, compat.get(config.merge_method), options)
 
 
 def write_candidate(candidate: Candidate, folder: Path) -> Document:
@@ -175,14 +174,14 @@ def _job(settings: SearchSettings, tasks: Sequence[Task], merge: Plan) -> str:
     free = {"budget", "time", "finalists", "baselines", "batch_size", "memory", "device"}
     content = [
         settings.model_dump(mode="json", exclude=free),
-        _digest([t for t in tasks if t.weight > 0], "search"),
+        digest_of([t for t in tasks if t.weight > 0], "search"),
         files_hash((merge.base, *merge.experts)),
         __version__,
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _digest(tasks: Sequence[Task], split: Split) -> str:
+def digest_of(tasks: Sequence[Task], split: Split) -> str:
     """What the scores on a split depend on beside the model: rules, examples, weights of tasks."""
     content = [
         [t.name, t.key, t.weight, [[e.id, e.digest] for e in t.examples(split)]]
@@ -206,31 +205,39 @@ def search(
 ) -> None:
     """Run a search, or go on with it, and write OUT."""
     started = time.monotonic()
-    _check_out(out)
-    plan = plan_search(path, out, options, **changes)
+    if "job" not in noted(out):  # a finished one may have to be published yet
+        _check_out(out)
+    plan = plan_search(path, options, **changes)
+    parents = (plan.merge.base, *plan.merge.experts)
+    publication = Publication(plan.merge.job, plan.job, parents, quiet=options.quiet)
     display.print_plan(plan)
     if dry_run:
         return
+    publication.check(card=options.write_model_card)
+    if publication.goes_on(out):
+        publication.push(out)
+        return
+    _check_out(out)
     work = work_of(out)
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as note, _keeping(work):
+    with (work / "lock").open("w") as note, keeping(work):
         staging.lock(note, work)
         searcher = prepare(plan, options)
         opened = open_storage(storage, work / "journal.log")
         studies = run_studies(plan, searcher, opened, shared=storage is not None, lead=True)
         kept = {
-            split: Kept(work / f"{split}.json", plan.job + _digest(plan.tasks, split))
+            split: Kept(work / f"{split}.json", plan.job + digest_of(plan.tasks, split))
             for split in LATER
         }
         chosen = choose(searcher, studies, kept["development"], progress)
         tested = test(searcher, chosen, kept["test"], progress)
         found = search_report.gather(searcher, studies, chosen, tested)
-        write(plan, searcher, chosen[SEARCHED], found, out, options)
+        write(plan, searcher, chosen[SEARCHED], found, out, options, publication)
     display.print_summary(found, out, time.monotonic() - started)
 
 
 @contextmanager
-def _keeping(work: Path) -> Iterator[None]:
+def keeping(work: Path) -> Iterator[None]:
     """Say what is kept when the disk is full."""
     try:
         yield
@@ -258,7 +265,7 @@ def work_along(
     path: Path, out: Path, options: MergeOptions, *, storage: str | None, **changes: Any
 ) -> None:
     """Evaluate candidates of a search that another process leads, until its budget is spent."""
-    plan = plan_search(path, out, options, **changes)
+    plan = plan_search(path, options, **changes)
     searcher = prepare(plan, options)
     opened = open_storage(storage, work_of(out) / "journal.log")
     run_studies(plan, searcher, opened, shared=True, lead=False)
@@ -277,18 +284,7 @@ def prepare(plan: SearchPlan, options: MergeOptions) -> Searcher:
         device=s.device or "auto",
         batch_size=s.batch_size,
     )
-    config = plan.merge.config
-    architecture = compat.get_architecture_info(config, options)
-    out_config = compat.output_config(config, architecture, options.trust_remote_code)
-    parents = {p.reference: p.tensors for p in (base, *plan.merge.experts) if p.tensors is not None}
-
-    def planner(config: MergeConfiguration) -> list[compat.PlannedTask]:
-        return compat.plan_tasks(config, architecture, options, out_config, parents)
-
-    budget = int(psutil.virtual_memory().available * s.memory)
-    with progress("reading the parents", len(plan.merge.tensors)) as advance:
-        load = compat.stored_tensors(options)
-        live = LiveMerge(plan.merge, subject.model, load, planner, budget, advance)
+    live = live_merge(plan.merge, subject, options, s.memory)
     given = plan.spaces
     spaces = Spaces(*(fixing_unused(one, live) for one in (given.searched, given.tied, given.free)))
     if not len(spaces.searched.genome):
@@ -298,6 +294,22 @@ def prepare(plan: SearchPlan, options: MergeOptions) -> Searcher:
     display.print_genome(spaces.searched, live)
     subject.weights = ""
     return Searcher(s, spaces, live, subject, plan.tasks)
+
+
+def live_merge(merge: Plan, subject: Subject, options: MergeOptions, memory: float) -> LiveMerge:
+    """The parents of a merge, read as far as a share of this machine's memory holds them."""
+    config, parents = merge.config, (merge.base, *merge.experts)
+    architecture = compat.get_architecture_info(config, options)
+    out_config = compat.output_config(config, architecture, options.trust_remote_code)
+    headers = {p.reference: p.tensors for p in parents if p.tensors is not None}
+
+    def planner(config: MergeConfiguration) -> list[compat.PlannedTask]:
+        return compat.plan_tasks(config, architecture, options, out_config, headers)
+
+    budget = int(psutil.virtual_memory().available * memory)
+    with progress("reading the parents", len(merge.tensors)) as advance:
+        load = compat.stored_tensors(options)
+        return LiveMerge(merge, subject.model, load, planner, budget, advance)
 
 
 # -- studies --------------------------------------------------------------------------------------
@@ -321,12 +333,16 @@ def run_studies(
             spent = math.fsum(f.seconds for f in study.finished)
             deadline = time.monotonic() + s.time - spent
         studies[name] = study
+        if lead:
+            study.open()
         with display.search_bar(LABELS[name], study, budget, searcher.objective.size) as bar:
             while True:
                 if lead:
                     study.abandon(study.stale if shared else lambda _: True)
                 evaluate = searcher.evaluate(name, bar.examples)
                 study.run(budget, evaluate, deadline=deadline, done=bar.trial)
+                if lead and time.monotonic() >= deadline:
+                    study.close()  # workers know of no time limit
                 if not study.unfinished:
                     break
                 time.sleep(POLL_SECONDS)  # other workers are at the last candidates
@@ -344,6 +360,7 @@ def write(
     found: search_report.Report,
     out: Path,
     options: MergeOptions,
+    publication: Publication,
 ) -> None:
     """OUT: the merged model with its card, the recipe that makes it, and the report."""
     candidate = searcher.spaces.searched.candidate(chosen.values)
@@ -358,11 +375,26 @@ def write(
 
     def finishing(folder: Path) -> None:
         for name, text in texts.items():
-            (folder / name).write_text(clean(text, parents), encoding="utf-8")
+            own = without_keys(Document.parse(text, name)).text or text
+            (folder / name).write_text(clean(own, parents), encoding="utf-8")
         search_report.write(found, folder)
 
     run_job(
         compat.run_merge, plan.merge.method, config, out, options, document,
         finishing=finishing,
-        found_by=Found(found.sentence, search_report.card_scores(found)),
+        data=[_data(task) for task in plan.tasks],
+        publication=publication,
     )  # fmt: skip
+
+
+def _data(task: Task) -> DataSet:
+    """What the provenance says of a task: its splits by size, all its examples by hash."""
+    splits = {split: task.examples(split) for split in task.splits()}
+    digests = [example.digest for found in splits.values() for example in found]
+    return DataSet(
+        name=task.name,
+        role="choosing and testing",
+        sha256=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+        hashed="examples",
+        rows={split: len(found) for split, found in splits.items()},
+    )

@@ -5,6 +5,7 @@ check -> plan -> stage in OUT.partial -> run -> card -> rename
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -17,7 +18,13 @@ from typing import Any
 import torch
 
 from mergekit_unconstrained import __version__, compat, present
-from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
+from mergekit_unconstrained.catalog import entry_for
+from mergekit_unconstrained.compat import (
+    MergeConfiguration,
+    MergeMethod,
+    MergeOptions,
+    ParameterScope,
+)
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent
 from mergekit_unconstrained.engine import journal, staging, streaming
@@ -25,6 +32,9 @@ from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
 from mergekit_unconstrained.hub import record
+from mergekit_unconstrained.hub.facts import DataSet
+from mergekit_unconstrained.jobs import whole_model
+from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.resources import cache_dir
 
 LOG = logging.getLogger(__name__)
@@ -32,21 +42,33 @@ RunMerge = Callable[..., Any]
 
 
 def estimate_seconds(plan: Plan) -> float:
-    """Time of the arithmetic, from one merge of a million random entries on this machine."""
+    """Time of the arithmetic, from one merge of a random matrix on this machine."""
+    entry = entry_for(plan.method.spec.name)
+    matrices = entry is not None and entry.cost == "matrices"
+    side = 256 if matrices else 1024
     cells = [next(iter(c.values()), None) for c in plan.coefficients.values()]
     generator = torch.Generator().manual_seed(0)
     count = len(cells) + 1
-    sample = [torch.randn(1024, 1024, generator=generator).bfloat16() for _ in range(count)]
-    group = compat.TensorGroup.from_tensors(sample, base_index=0, name="sample")
-    parameters = {k: v for k, v in plan.shared.items() if v != VARIES} | {"coefficients": ""}
-    parameters["weight"] = [c.weight if c and c.weight is not None else 1.0 for c in cells]
-    parameters["density"] = [c.density if c and c.density is not None else 1.0 for c in cells]
-    known = {p.name for p in plan.method.spec.parameters}
+    sample = [torch.randn(side, side, generator=generator).bfloat16() for _ in range(count)]
+    name = next((t.name for t in plan.tensors if t.role.kind == "up"), "sample")
+    group = compat.TensorGroup.from_tensors(sample, base_index=0, name=name)
+    parameters = {k: v for k, v in plan.shared.items() if v != VARIES}
+    if "coefficients" in parameters:
+        parameters["coefficients"] = ""
+    own = {p.name for p in plan.method.spec.parameters if p.scope != ParameterScope.SHARED}
+    for name in own & {"weight", "density"}:
+        values = [getattr(c, name, None) for c in cells]
+        parameters[name] = [1.0 if v is None else v for v in values]
+    if "scope" in parameters:
+        parameters["scope"] = "tensor"
     started = time.perf_counter()
-    plan.method((group,), parameters={k: v for k, v in parameters.items() if k in known})
+    plan.method((group,), parameters=parameters)
     elapsed = time.perf_counter() - started
-    entries = sum(math.prod(t.shape) for t in plan.tensors if t.shape is not None)
-    return elapsed * entries / sample[0].numel()
+    shapes = [(t.shape, t.role) for t in plan.tensors if t.shape is not None]
+    if matrices:
+        inner = [s for s, role in shapes if len(s) == 2 and role.layer is not None]
+        return elapsed * sum(math.prod(s) * min(s) for s in inner) / side**3
+    return elapsed * sum(math.prod(s) for s, _ in shapes) / side**2
 
 
 def run_job(
@@ -58,32 +80,47 @@ def run_job(
     document: Document,
     *,
     finishing: Callable[[Path], None] = lambda _: None,
-    found_by: record.Found | None = None,
+    data: Sequence[DataSet] = (),
+    publication: Publication | None = None,
 ) -> None:
-    """Carry out a recipe of a tensor method; OUT appears when it is complete.
+    """Carry out a recipe of a tensor method; OUT appears when it is complete, and is published.
 
-    finishing: may add files to the finished folder before it gets its name. found_by: the search
-    that chose the coefficients, for the card.
+    finishing: may add files to the finished folder before it gets its name. data: what the
+    coefficients were chosen on, for the card. publication: what is asked for, where the recipe that
+    the user wrote is another one.
     """
     started = time.monotonic()
     plan = make_plan(document, config, method, options)
+    whole_model.measures_of(plan)
     if plan.job.dry_run:
         present.print_plan(plan, out)
+        return
+    plan = dataclasses.replace(plan, document=without_keys(plan.document))
+    if publication is None:
+        parents = (plan.base, *plan.experts)
+        publication = Publication(plan.job, _job_hash(plan), parents, quiet=options.quiet)
+        publication.check(card=options.write_model_card)
+    if publication.goes_on(out):
+        publication.push(out)
         return
     staging.check_out(out)
     if not staging.partial_of(out).exists():
         staging.check_space(out, int(plan.out_bytes * 1.02))
-    digests = BackgroundDigests(plan.files if options.write_model_card else ())
+    digests = BackgroundDigests(plan.files)
     try:
-        with staging.staged(out, _job_hash(plan), journal.NAME) as partial:
+        with staging.staged(out, _recipe_hash(plan), journal.NAME) as partial:
             written = _merge_weights(partial, run_merge, plan, options)
             seconds = time.monotonic() - started
-            record.describe(plan, partial, out.name, digests, seconds, options, found_by, written)
+            plan = record.resolved(plan, options)
+            record.lay_out(plan, partial, out.name, options)
             finishing(partial)
+            record.describe(plan, partial, out.name, digests, seconds, options, data, written)
+            publication.note(partial)
     finally:
         digests.close()
     if not options.quiet:
         present.print_summary(plan, out, time.monotonic() - started)
+    publication.push(out)
 
 
 def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOptions) -> None:
@@ -107,13 +144,15 @@ def _merge_weights(
         }
     )
     out_dtype = compat.dtype_from_name(plan.config.out_dtype)
-    with using(MergeContext(plan.roles, plan.job.allow_nan, out_dtype)):
+    statistics = whole_model.statistics(plan, run_options)
+    context = MergeContext(plan.roles, plan.job.allow_nan, out_dtype, statistics, options.quiet)
+    with using(context):
         reason = ""
         if plan.job.engine == "streaming":
             reason = streaming.refusal(plan.architecture, run_options) or ""
             if not reason:
                 try:
-                    return _stream(folder, plan, run_options, options.write_model_card)
+                    return _stream(folder, plan, run_options)
                 except streaming.CannotStreamError as error:
                     reason = str(error)
             LOG.warning("merging with mergekit's executor, which cannot be resumed: %s", reason)
@@ -122,12 +161,12 @@ def _merge_weights(
     return {}
 
 
-def _stream(folder: Path, plan: Plan, options: MergeOptions, hashes: bool) -> Mapping[str, str]:
+def _stream(folder: Path, plan: Plan, options: MergeOptions) -> Mapping[str, str]:
     """Merge by the engine of this package, with a bar."""
     files = [f for p in (plan.base, *plan.experts) for f in (*p.weight_files, *p.adapter_files)]
-    identity = merge_identity(_job_hash(plan), files)
+    identity = merge_identity(_recipe_hash(plan), files)
     total = 0 if options.quiet else plan.out_bytes
-    work = streaming.Work.of(plan, hashes=hashes)
+    work = streaming.Work.of(plan)
     with present.byte_progress("merging", total) as advance:
         return streaming.merge(work, folder, options, identity, advance)
 
@@ -164,6 +203,13 @@ def apply_adapters(parents: Sequence[Parent], options: MergeOptions) -> MergeOpt
 
 
 def _job_hash(plan: Plan) -> str:
+    """What makes two results the same: recipe, coefficient table, parents' files, version."""
+    identity = files_hash((plan.base, *plan.experts))
+    content = json.dumps([_recipe_hash(plan), identity, __version__])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _recipe_hash(plan: Plan) -> str:
     """What makes two jobs the same: recipe and coefficient table.
 
     The journal of a merge holds the parents' files and the version beside it.

@@ -9,10 +9,15 @@ arithmetic with coefficients of their own for every layer.
 for layer l and kind of tensor k; D is the operator (numerics/operators.py, Eqs. 2-9). The paper
 names CMA-ES for finding the coefficients, and TIES and task arithmetic as operators. The kinds of
 tensor, the table's format and the other operators are ours.
+
+scope: tensor is mergekit's, rho_i is a share of every tensor; scope: model is that of the papers of
+TIES and Breadcrumbs, rho_i is a share of all entries of the expert (engine/thresholds.py).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -29,8 +34,18 @@ from mergekit_unconstrained.compat import (
 )
 from mergekit_unconstrained.config.table import load_table
 from mergekit_unconstrained.engine.context import finish, role_of
+from mergekit_unconstrained.engine.plan import PlannedTensor
+from mergekit_unconstrained.engine.prepass import Measure, of_model
+from mergekit_unconstrained.engine.thresholds import Span, thresholds, trimmed
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.numerics.operators import Expert, OperatorName, Settings, merge
+from mergekit_unconstrained.numerics.operators import (
+    OPERATORS,
+    Expert,
+    OperatorName,
+    Settings,
+    kept_ranks,
+    merge,
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -64,7 +79,9 @@ def layerwise(
     normalize: NormalizeSetting = "auto",  # divide by the weights; auto: as upstream's method
     select_topk: Fraction = 1.0,  # sce: fraction of entries selected by variance
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
-    scope: Literal["tensor"] = "tensor",  # noqa: ARG001 (of thresholds; `model` is not built yet)
+    scope: Literal[
+        "tensor", "model"
+    ] = "tensor",  # ties, breadcrumbs: of which a density is a share
     seed: int = 0,  # of the random masks
     precision: Literal["float32", "float64"] = "float32",  # of the arithmetic
 ) -> torch.Tensor:
@@ -104,4 +121,28 @@ def layerwise(
         "precision": precision,
     }
     settings = Settings.of(name, shared)
+    if scope == "model":
+        base = group.base.tensor
+        experts = [trimmed(base, e, settings, _span(operator, e.density, e.gamma)) for e in experts]
     return finish(group, merge(group.base.tensor, experts, settings))
+
+
+def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:
+    """With `scope: model`, the magnitudes at which the experts are cut."""
+    if not of_model(tensors):
+        return ()
+    for operator in {t.parameters["operator"] for t in tensors}:
+        if "scope" not in OPERATORS[operator].parameters:
+            raise RecipeError(f"`scope: model` means nothing to operator {operator!r}")
+
+    def span(tensor: PlannedTensor, model: str) -> Span:
+        density = tensor.coefficients[model].density
+        gamma = tensor.input_parameters[model]["gamma"]
+        return _span(tensor.parameters["operator"], 1.0 if density is None else density, gamma)
+
+    precision = {t.parameters["precision"] for t in tensors}
+    return (thresholds(tensors, span, getattr(torch, max(precision))),)
+
+
+def _span(operator: OperatorName, density: float, gamma: float) -> Span:
+    return functools.partial(kept_ranks, operator, density=density, gamma=gamma)

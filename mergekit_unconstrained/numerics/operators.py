@@ -39,7 +39,8 @@ a product of bool and float takes torch four times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -78,7 +79,10 @@ class Operator:
 OPERATORS: dict[OperatorName, Operator] = {
     "task_arithmetic": Operator(),
     "ties": Operator(
-        "magnitude", combine="elect", normalize=True, parameters=frozenset({"density", "rescale"})
+        "magnitude",
+        combine="elect",
+        normalize=True,
+        parameters=frozenset({"density", "rescale", "scope"}),
     ),
     "dare_linear": Operator(
         "random", rescale="l1", parameters=frozenset({"density", "rescale", "seed"})
@@ -89,7 +93,9 @@ OPERATORS: dict[OperatorName, Operator] = {
         rescale="l1",
         parameters=frozenset({"density", "rescale", "seed"}),
     ),
-    "breadcrumbs": Operator("outliers", parameters=frozenset({"density", "rescale", "gamma"})),
+    "breadcrumbs": Operator(
+        "outliers", parameters=frozenset({"density", "rescale", "gamma", "scope"})
+    ),
     "della": Operator(
         "magprune",
         combine="elect",
@@ -144,7 +150,8 @@ class Settings:
     """What all experts share. None for `normalize` and `rescale` is the operator's default.
 
     dtype is the arithmetic's; float64 inputs raise it to float64. name is the tensor's, and keys
-    the random masks.
+    the random masks. zero_sign: what a sum of exactly zero elects in (5). granularity: whether (10)
+    has one share a tensor or one an entry.
     """
 
     operator: OperatorName = "task_arithmetic"
@@ -155,6 +162,8 @@ class Settings:
     seed: int = 0
     name: str = ""
     dtype: torch.dtype = torch.float32
+    zero_sign: Literal[1, -1] = 1
+    granularity: Literal["tensor", "element"] = "tensor"
     custom: Operator | None = None
 
     @property
@@ -199,10 +208,14 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
         kept, shares = select(base, experts, settings, dtype)
     else:
         kept = [e.kept or keep(base, e, settings, dtype) for e in experts]
-    if operator.combine == "weigh":
+    combine = COMBINE[operator.combine]
+    if operator.combine == "elect":
+        combine = functools.partial(elect, zero_sign=settings.zero_sign)
+    elif operator.combine == "weigh" and settings.granularity == "element":
+        combine = weigh_entries
+    elif operator.combine == "weigh":
         squares = [e.weight**2 * squared_change(e.tensor, base) for e in experts]
         shares = shares.new_tensor(energy(squares))
-    combine = COMBINE[operator.combine]
 
     flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
     out = torch.empty_like(flat)
@@ -215,20 +228,40 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
             d = average([t[piece].to(dtype) for t in tensors], shares, normalize)
             d.sub_(t0)
         else:
-            terms = []
-            for tensor, expert, k in zip(tensors, experts, kept, strict=True):
-                term = tensor[piece].to(dtype, copy=True).sub_(t0)
-                if k.mask is not None:
-                    term.mul_(as_float(k.mask[piece], dtype))
-                if k.factor != 1:
-                    term.mul_(k.factor)
-                # Multiplied and then added, never fused: bit-identical to mergekit's arithmetic.
-                terms.append(term.mul_(expert.weight))
+            terms = [
+                weighted(tensor[piece].to(dtype, copy=True).sub_(t0), expert, k, piece)
+                for tensor, expert, k in zip(tensors, experts, kept, strict=True)
+            ]
             d = combine(terms, shares, normalize)
         if settings.lambda_ != 1:
             d.mul_(settings.lambda_)
         out[piece] = d.add_(t0)
     return out.reshape(base.shape)
+
+
+def weighted(term: torch.Tensor, expert: Expert, kept: Kept, piece: slice) -> torch.Tensor:
+    """w_i s_i of some entries, from their d_i, which it overwrites."""
+    if kept.mask is not None:
+        term.mul_(as_float(kept.mask[piece], term.dtype))
+    if kept.factor != 1:
+        term.mul_(kept.factor)
+    # Multiplied and then added, never fused: bit-identical to mergekit's arithmetic.
+    return term.mul_(expert.weight)
+
+
+@torch.no_grad()
+def sum_signs(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> torch.Tensor:
+    """The sign of sum_i w_i s_i, 0 for a sum of zero: [n], the flat entries of a tensor."""
+    dtype = torch.promote_types(base.dtype, settings.dtype)
+    kept = [e.kept or keep(base, e, settings, dtype) for e in experts]
+    flat = base.reshape(-1)
+    out = torch.zeros(flat.shape, dtype=dtype, device=base.device)
+    for piece in pieces(base):
+        t0 = flat[piece].to(dtype)
+        for e, k in zip(experts, kept, strict=True):
+            d = e.tensor.reshape(-1)[piece].to(dtype, copy=True).sub_(t0)
+            out[piece] += weighted(d, e, k, piece)
+    return out.sign_()
 
 
 def pieces(base: torch.Tensor) -> Iterator[slice]:
@@ -299,6 +332,27 @@ def keep_at_random(
     return Kept(mask.to(base.device), factor)
 
 
+def keep_between(
+    base: torch.Tensor, expert: Expert, settings: Settings, bounds: tuple[float, float] | None
+) -> Kept:
+    """Which entries are kept where low <= |d_i| <= high are, None: no entry."""
+    operator = settings.rules
+    rescale = operator.rescale if settings.rescale is None else settings.rescale
+    size = magnitudes(base, expert.tensor, torch.promote_types(base.dtype, settings.dtype))
+    low, high = bounds or (1.0, 0.0)
+    mask = size.ge(low).logical_and_(size.le(high))
+    factor = sparsify.rescale_factor(size, mask, rescale, expert.density)
+    return Kept(mask.reshape(-1), factor)
+
+
+def kept_ranks(operator: OperatorName, n: int, density: float, gamma: float) -> tuple[int, int]:
+    """What `ties` and `breadcrumbs` keep of n entries by rank: first <= r < end, 0 the smallest."""
+    if OPERATORS[operator].keep == "outliers":
+        return sparsify.kept_span(n, density, gamma) if density < 1 else (0, n)
+    return n - sparsify.kept_count(n, density), n
+
+
+@torch.no_grad()
 def magnitudes(base: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """|d_i| in full, of the base's shape."""
     flat, other = base.reshape(-1), tensor.reshape(-1)
@@ -374,9 +428,14 @@ def add(terms: list[torch.Tensor], weights: torch.Tensor, normalize: bool) -> to
     return total
 
 
-def elect(terms: list[torch.Tensor], weights: torch.Tensor, normalize: bool) -> torch.Tensor:
+def elect(
+    terms: list[torch.Tensor],
+    weights: torch.Tensor,
+    normalize: bool,
+    zero_sign: Literal[1, -1] = 1,
+) -> torch.Tensor:
     """Eq. (5): D from the w_i s_i; entries against the elected sign are dropped."""
-    elected = elected_sign(terms)
+    elected = elected_sign(terms, zero_sign)
     merged, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
     for term, weight in zip(terms, weights, strict=True):
         agrees = torch.sign(term).eq_(elected)
@@ -422,7 +481,27 @@ def weigh(terms: list[torch.Tensor], shares: torch.Tensor, normalize: bool) -> t
     return total
 
 
-COMBINE = {
+def weigh_entries(
+    terms: list[torch.Tensor],
+    _: torch.Tensor,
+    normalize: bool,  # noqa: ARG001
+) -> torch.Tensor:
+    """Eq. (10) with a share for every entry: D = sum_i (w_i d_i)^3 / sum_j (w_j d_j)^2."""
+    # Divided by the largest first: squares of small task vectors leave float32's range.
+    largest = terms[0].abs()
+    for term in terms[1:]:
+        torch.maximum(largest, term.abs(), out=largest)
+    scale = largest.add(largest.eq(0))
+    merged, divisor = torch.zeros_like(scale), torch.zeros_like(scale)
+    for term in terms:
+        ratio = term.div_(scale)
+        square = ratio.square()
+        divisor.add_(square)
+        merged.add_(square.mul_(ratio))
+    return merged.div_(divisor.add_(divisor.eq(0))).mul_(largest)
+
+
+COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "add": add,
     "elect": elect,
     "erase": erase,
@@ -431,12 +510,13 @@ COMBINE = {
 }
 
 
-def elected_sign(terms: list[torch.Tensor]) -> torch.Tensor:
-    """The sign of the sum, + for a sum of zero."""
+def elected_sign(terms: list[torch.Tensor], zero_sign: Literal[1, -1] = 1) -> torch.Tensor:
+    """The sign of the sum, `zero_sign` for a sum of zero."""
     total = terms[0].clone()
     for term in terms[1:]:
         total.add_(term)
-    return total.ge_(0).mul_(2).sub_(1)
+    positive = total.ge_(0) if zero_sign > 0 else total.gt_(0)
+    return positive.mul_(2).sub_(1)
 
 
 def average_into(

@@ -92,9 +92,14 @@ def print_summary(plan: Plan, out: Path, seconds: float) -> None:
     console.print(
         f"[bold]{escape(str(out))}[/]: {len(plan.tensors):,} tensors, {size(plan.out_bytes)}, "
         f"{experts(plan)} merged by {escape(plan.method.spec.name)} in "
-        f"{duration(seconds)}; the card is README.md",
+        f"{duration(seconds)}{card(out)}",
         highlight=False,
     )
+
+
+def card(out: Path) -> str:
+    """Where the card is, if one was written."""
+    return "; the card is README.md" if (out / "README.md").is_file() else ""
 
 
 def experts(plan: Plan) -> str:

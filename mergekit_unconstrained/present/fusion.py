@@ -19,7 +19,7 @@ from mergekit_unconstrained.fusion.estimates import Estimate, estimate
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member
 from mergekit_unconstrained.fusion.records import Origin
 from mergekit_unconstrained.fusion.workdir import WorkDir, read_manifest
-from mergekit_unconstrained.present import console, duration, size
+from mergekit_unconstrained.present import card, console, duration, size
 
 
 def _count(number: float) -> str:
@@ -145,7 +145,7 @@ def print_summary(plan: FusionPlan, out: Path, seconds: float) -> None:
     names = ", ".join(s.name for s in plan.sources)
     console.print(
         f"[bold]{escape(str(out))}[/]: {escape(plan.pivot.name)} with {escape(names)} fused into "
-        f"it in {duration(seconds)}; the card is README.md",
+        f"it in {duration(seconds)}{card(out)}",
         highlight=False,
     )
 
@@ -173,7 +173,7 @@ def print_mixture(
 def print_inspection(pivot: Any, source: Any, shown: Any, positions: int) -> None:
     """Position by position: the pivot's token, how it came by a distribution, its likeliest ids.
 
-    pivot, source: fusion.models.LocalModel. shown: fusion.stages.Inspection.
+    pivot, source: fusion.models.LocalModel. shown: fusion.inspection.Inspection.
     """
     table = Table(
         title=escape(f"row {shown.conversation.row}: {source.name} -> {pivot.name}"),

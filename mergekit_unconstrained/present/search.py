@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mergekit_unconstrained.hub.search_report import Report
-from mergekit_unconstrained.present import console, duration
+from mergekit_unconstrained.present import console, duration, size
 from mergekit_unconstrained.search.memory import LiveMerge
 from mergekit_unconstrained.search.run import LABELS, SEARCHED
 from mergekit_unconstrained.search.samplers import population
@@ -29,8 +31,8 @@ def print_plan(plan: Any) -> None:
     name = plan.merge.method.spec.name
     experts = ", ".join(e.name for e in plan.merge.experts)
     console.print(f"[bold]search[/] of {escape(name)} over {escape(experts)}", highlight=False)
-    size = s.population or population(len(genome))
-    ways = f"{s.sampler}, population {size}" if s.sampler in ("cma", "nsga2") else s.sampler
+    drawn = s.population or population(len(genome))
+    ways = f"{s.sampler}, population {drawn}" if s.sampler in ("cma", "nsga2") else s.sampler
     console.print(f"  genome     {len(genome)} numbers; {ways}, seed {s.seed}", highlight=False)
     for parameter in dict.fromkeys(g.address[1] for g in genome.genes):
         found = [g for g in genome.genes if g.address[1] == parameter]
@@ -53,8 +55,23 @@ def print_plan(plan: Any) -> None:
         f"most {examples} examples{limit}",
         highlight=False,
     )
+    console.print(f"  memory     {_memory(plan)}", highlight=False)
     for note in notes(plan):
         console.print(f"  [yellow]note[/]       {escape(note)}", highlight=False)
+
+
+def _memory(plan: Any) -> str:
+    """Weights that a search holds: the live model, and the parents as far as they may be held."""
+    numbers = sum(math.prod(t.shape) for t in plan.merge.tensors if t.shape is not None)
+    width = {"bfloat16": 2, "float16": 2}.get(plan.settings.dtype, 4)
+    room = int(psutil.virtual_memory().available * plan.settings.memory)
+    told = (
+        f"live model {size(numbers * width)} (half on an accelerator, unless `dtype` says), "
+        f"parents {size(plan.merge.in_bytes)}"
+    )
+    if plan.merge.in_bytes > room:
+        told += f", of which {size(room)} are held and the rest is read anew for every candidate"
+    return told
 
 
 def notes(plan: Any) -> list[str]:

@@ -100,7 +100,10 @@ def choose(
 
 
 Tested = dict[str, dict[str, list[Scored]]]
-"""Model -> task -> the scores of its test examples."""
+"""Model -> task -> the scores of its test examples.
+
+A parent is `base NAME` or `expert NAME`; candidates have LABELS, so that no two can be mixed up.
+"""
 
 
 def test(
@@ -114,7 +117,7 @@ def test(
     parents = [plan.base, *plan.experts]
     with progress("the test split", len(parents) + len(chosen)) as advance:
         for parent in parents:
-            label = f"base {parent.name}" if parent is plan.base else parent.name
+            label = f"{'base' if parent is plan.base else 'expert'} {parent.name}"
             found[label] = _tested(
                 cache, label, searcher, functools.partial(searcher.live.write_parent, parent.name)
             )

@@ -20,8 +20,9 @@ from mergekit_unconstrained.catalog import ALIAS_PREFIX
 from mergekit_unconstrained.compat import MergeConfiguration, PlannedTask
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.table import Table, parse_table
+from mergekit_unconstrained.engine import prepass
 from mergekit_unconstrained.engine.context import MergeContext, using
-from mergekit_unconstrained.engine.plan import Plan, PlannedTensor
+from mergekit_unconstrained.engine.plan import Plan, PlannedTensor, coefficients_of
 from mergekit_unconstrained.errors import ModelError, NonFiniteError
 from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
 from mergekit_unconstrained.numerics.ranking import Ranking, kept, ranking
@@ -72,7 +73,10 @@ class LiveMerge:
         self._load = load
         self._planner = planner
         self._budget = budget
-        self._layerwise = plan.method.spec.name.removeprefix(ALIAS_PREFIX) == "layerwise"
+        of_model = plan.shared.get("scope") == "model"
+        name = plan.method.spec.name.removeprefix(ALIAS_PREFIX)
+        self._layerwise = name == "layerwise" and not of_model
+        self._needs = prepass.needs_of(name)
         self._dtype = compat.dtype_from_name(plan.config.dtype)
         self._out_dtype = compat.dtype_from_name(plan.config.out_dtype)
         self._tasks = {t.output.name: t for t in planner(plan.config)}
@@ -88,6 +92,12 @@ class LiveMerge:
 
     def _hold(self, planned: PlannedTensor, target: torch.Tensor) -> None:
         parents = self._read(planned)
+        if not parents:
+            raise ModelError(
+                f"{planned.name} is put together of several tensors of {self.plan.base.name}'s "
+                "files when they are loaded, as the experts of a mixture are: a search cannot "
+                "merge it in memory; choose such a model's coefficients by hand"
+            )
         base = parents.get(self.plan.base.name)
         changed = frozenset(
             model
@@ -150,8 +160,9 @@ class LiveMerge:
         NonFiniteError when the result holds NaN or infinity.
         """
         computed = 0
-        with using(MergeContext(self.plan.roles, self.plan.job.allow_nan, self._out_dtype)):
-            for one, key, compute in self._work(candidate):
+        context, work = self._work(candidate)
+        with using(context):
+            for one, key, compute in work:
                 if self._written.get(one.planned.name) == key:
                     continue
                 self._written.pop(one.planned.name, None)
@@ -167,6 +178,25 @@ class LiveMerge:
                 self._written[one.planned.name] = key
                 computed += 1
         return computed
+
+    @torch.no_grad()
+    def differ(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two candidates are different models; the live one stays as it is."""
+        (context, work), (other_context, other_work) = self._work(one), self._work(other)
+        pairs = list(zip(work, other_work, strict=True))
+        # Smallest first: the answer is mostly had from the first tensor that is computed.
+        pairs.sort(key=lambda pair: pair[0][0].target.numel())
+        for (held, key, compute), (_, changed, again) in pairs:
+            if key == changed:
+                continue
+            parents = held.parents or self._cast(self._read(held.planned))
+            with using(dataclasses.replace(context, allow_nan=True)):
+                before = compute(parents)
+            with using(dataclasses.replace(other_context, allow_nan=True)):
+                after = again(parents)
+            if before is None or after is None or not torch.equal(before, after):
+                return True
+        return False
 
     @torch.no_grad()
     def write_parent(self, name: str) -> None:
@@ -185,17 +215,59 @@ class LiveMerge:
         with torch.no_grad():
             target.copy_(result if self._out_dtype is None else result.to(self._out_dtype))
 
-    def _work(self, candidate: Candidate) -> Iterator[tuple[Held, object, Compute]]:
-        """Every tensor with what its result depends on, and how it is computed."""
+    def _work(
+        self, candidate: Candidate
+    ) -> tuple[MergeContext, Iterator[tuple[Held, object, Compute]]]:
+        """Every tensor with what its result depends on, and how it is computed, in what context."""
+        context = MergeContext(self.plan.roles, self.plan.job.allow_nan, self._out_dtype)
         if self._layerwise:
-            yield from self._layerwise_work(candidate)
-            return
-        recipe = yaml.safe_load(candidate.text())
-        tasks = {t.output.name: t for t in self._planner(MergeConfiguration.model_validate(recipe))}
+            return context, self._layerwise_work(candidate)
+        recipe = MergeConfiguration.model_validate(yaml.safe_load(candidate.in_one()))
+        tasks = {t.output.name: t for t in self._planner(recipe)}
+        statistics = self._statistics(candidate, tasks)
+        work = self._planned_work(tasks, repr(statistics))
+        return dataclasses.replace(context, statistics=statistics), work
+
+    def _planned_work(
+        self, tasks: Mapping[str, PlannedTask], statistics: str
+    ) -> Iterator[tuple[Held, object, Compute]]:
         for one in self.held:
             task = tasks[one.planned.name]
-            key = repr((task.parameters, task.input_parameters))
+            key = (repr((task.parameters, task.input_parameters)), statistics)
             yield one, key, task.execute
+
+    def _statistics(
+        self, candidate: Candidate, tasks: Mapping[str, PlannedTask]
+    ) -> prepass.Statistics | None:
+        """What the method wants to know of the whole model, measured on the parents held here."""
+        if self._needs is None:
+            return None
+        table = None
+        if candidate.table is not None:
+            table = parse_table(Document.parse(candidate.table, "the candidate's table"))
+        base = self.plan.base.name
+        tensors = []
+        for planned in self.plan.tensors:
+            task = tasks[planned.name]
+            tensors.append(
+                dataclasses.replace(
+                    planned,
+                    parameters=task.parameters,
+                    input_parameters=task.input_parameters,
+                    coefficients=coefficients_of(task, planned.role, table, base),
+                )
+            )
+        measures = prepass.widened(self._needs(tensors), prepass.widest(self.plan))
+        if not measures:
+            return None
+        held = {one.planned.name: one.parents for one in self.held}
+
+        def load(model: str, tensor: PlannedTensor) -> torch.Tensor:
+            parents = held.get(tensor.name) or self._cast(self._read(tensor))
+            return parents[model]
+
+        allow_nan = self.plan.job.allow_nan
+        return prepass.measure(measures, tensors, base, load, allow_nan=allow_nan)
 
     # -- layerwise --------------------------------------------------------------------------------
 

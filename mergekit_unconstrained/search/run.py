@@ -19,7 +19,7 @@ from mergekit_unconstrained.evaluation.records import Scored, Split
 from mergekit_unconstrained.evaluation.run import score_examples
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
-from mergekit_unconstrained.search.genome import Values
+from mergekit_unconstrained.search.genome import Gene, Values
 from mergekit_unconstrained.search.memory import LiveMerge
 from mergekit_unconstrained.search.objective import Objective, Outcome, Scores
 from mergekit_unconstrained.search.samplers import (
@@ -137,11 +137,11 @@ class Searcher:
 def used_genes(space: Space, live: LiveMerge) -> set[str]:
     """The genes that some tensor depends on: one in which their expert differs from the base.
 
-    Methods without a table resolve their slices inside mergekit: there all genes count as used.
+    Methods without a table resolve their slices inside mergekit: there every gene is moved once.
     """
     genes = {g.address: g.name for g in space.genome.genes}
     if not space.in_table:
-        return set(genes.values())
+        return {gene.name for gene in space.genome.genes if _moves(space, live, gene)}
     used: set[str] = set()
     parameters = {parameter for _, parameter, _, _ in genes}
     for one in live.held:
@@ -157,6 +157,20 @@ def used_genes(space: Space, live: LiveMerge) -> set[str]:
             if address is not None:
                 used.add(genes[address])
     return used
+
+
+def _moves(space: Space, live: LiveMerge, gene: Gene) -> bool:
+    """Whether a gene at its far end makes another model, from the start or from a second point.
+
+    The second, because a parameter may mean nothing at the start: a density where the weight is 0.
+    """
+    genome = space.genome
+    for point in (genome.start, genome.from_unit([0.7] * len(genome))):
+        far = max(gene.low, gene.high, key=lambda end: abs(end - point[gene.name]))
+        moved = {**point, gene.name: gene.rounded(far)}
+        if live.differ(space.candidate(point), space.candidate(moved)):
+            return True
+    return False
 
 
 def fixing_unused(space: Space, live: LiveMerge) -> Space:

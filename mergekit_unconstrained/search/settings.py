@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.words import suggest
+from mergekit_unconstrained.evaluation.configured import ConfiguredTask
+from mergekit_unconstrained.evaluation.settings import load_tasks, read_tasks
 from mergekit_unconstrained.search.evolve import is_evolve, translated
 
 SamplerName = Literal["cma", "tpe", "random", "grid", "nsga2"]
@@ -111,10 +113,7 @@ class SearchSettings(Strict):
 
 
 def load_settings(path: Path) -> tuple[SearchSettings, Document]:
-    """Settings and document of a search file; RecipeError names the key and the nearest word.
-
-    The tasks are not read: they may stand in the document or in a file that it names.
-    """
+    """Settings and document of a search file; RecipeError names the key and the nearest word."""
     document = Document.read(str(path), "search file")
     if is_evolve(document.data):
         document = dataclasses.replace(document, data=translated(document), lines={}, spans={})
@@ -128,6 +127,28 @@ def load_settings(path: Path) -> tuple[SearchSettings, Document]:
     if isinstance(own["recipe"], str):
         own["recipe"] = Document.read(str(path.parent / own["recipe"]), "recipe").data
     return validated(SearchSettings, own, document), document
+
+
+def tasks_of(
+    document: Document, path: Path, settings: SearchSettings
+) -> tuple[ConfiguredTask, ...]:
+    """The tasks of a search file, or of the file that it names; none of their examples is read."""
+    given = document.data["tasks"]
+    if isinstance(given, str):
+        return load_tasks(path.parent / given, allow_code=settings.allow_code)
+    return read_tasks(document, path.parent, allow_code=settings.allow_code)
+
+
+def read_file(
+    path: Path, changes: Mapping[str, Any]
+) -> tuple[SearchSettings, Document, tuple[ConfiguredTask, ...]]:
+    """Everything that a search file says; RecipeError. Imports neither torch nor mergekit.
+
+    changes: settings that the command line overrides; None says nothing.
+    """
+    settings, document = load_settings(path)
+    settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    return settings, document, tasks_of(document, path, settings)
 
 
 def validated(

@@ -288,7 +288,7 @@ def searched(
     document: Document, recipe: Mapping[str, Any], method: MergeMethod, settings: GenomeSettings
 ) -> list[ParameterSpec]:
     """The parameters to search, in the specification's order."""
-    known = {spec.name: spec for spec in method.spec.parameters if _number(spec) is not None}
+    known = {spec.name: spec for spec in method.spec.parameters if number_of(spec) is not None}
     if settings.parameters is not None:
         for name in settings.parameters:
             if name not in known:
@@ -312,7 +312,7 @@ def _means(name: str, optional: frozenset[str]) -> bool:
     return name == "weight" or name in optional
 
 
-def _number(spec: ParameterSpec) -> dict[str, Any] | None:
+def number_of(spec: ParameterSpec) -> dict[str, Any] | None:
     """The part of a parameter's schema that is a number, or None."""
     try:
         schema = spec._adapter.json_schema()
@@ -332,7 +332,7 @@ def _bounds(
     settings: GenomeSettings,
 ) -> tuple[float, float, float, bool]:
     """low, high, start and whether it is a whole number."""
-    schema = _number(spec) or {}
+    schema = number_of(spec) or {}
     low, high = schema.get("minimum"), schema.get("maximum")
     if spec.name in FRACTIONS:
         low, high = (LOWEST_DENSITY if spec.name == "density" else low or 0.0), high or 1.0

@@ -30,6 +30,8 @@ EXAMPLES = "examples"
 SECONDS = "seconds"
 JOB = "job"
 """Study attribute: the hash of what the scores depend on."""
+CLOSED = "closed"
+"""Study attribute: whether the leading process begins no further candidate."""
 LOCKED_SECONDS = 5.0
 """No write takes as long: a lock that is older has no owner."""
 ATTEMPTS = 4
@@ -160,6 +162,20 @@ class Study:
                 "another output folder, or remove its work folder"
             )
 
+    def open(self) -> None:
+        """Let candidates be begun, whatever an earlier run left behind."""
+        if self.closed:
+            self._study.set_user_attr(CLOSED, False)
+
+    def close(self) -> None:
+        """No process begins another candidate, until `open`."""
+        self._study.set_user_attr(CLOSED, True)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the leading process has ended the study."""
+        return bool(self._study.user_attrs.get(CLOSED, False))
+
     def abandon(self, dead: Callable[[FrozenTrial], bool] = lambda _: True) -> int:
         """Give up the running trials whose process is dead; their indices are drawn again."""
         lost = [t.number for t in self._trials() if running(t) and dead(t)]
@@ -218,11 +234,12 @@ class Study:
         deadline: float = math.inf,
         done: Callable[[Finished], Any] = lambda _: None,
     ) -> None:
-        """Go on until `budget` candidates were begun, or the clock (time.monotonic) says so.
+        """Go on until `budget` candidates were begun, or the clock (time.monotonic) or `close`
+        says so.
 
         UnconstrainedError when the first candidates all fail.
         """
-        while len(self.trials) < budget and time.monotonic() < deadline:
+        while len(self.trials) < budget and time.monotonic() < deadline and not self.closed:
             trial = self._study.ask()
             if sum(t.number < trial.number for t in self.trials) >= budget:
                 self._study.tell(trial, state=TrialState.FAIL)  # others were faster

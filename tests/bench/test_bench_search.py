@@ -89,7 +89,7 @@ def test_candidates_in_memory_and_through_files(files: Path, operator: str) -> N
 
     torch.set_num_threads(1)
     options = parse_options(["--quiet"], "bench")
-    plan = searching.plan_search(search_file(files, operator), files / "out", options)
+    plan = searching.plan_search(search_file(files, operator), options)
     started = time.process_time()
     searcher = searching.prepare(plan, options)
     prepared = time.process_time() - started
@@ -193,7 +193,7 @@ def test_quality_at_equal_evaluations(stories: Path, tmp_path: Path) -> None:
                 "racing": {"enabled": False}, "budget": EVALUATIONS, "seed": seed,
             }  # fmt: skip
             path.write_text(yaml.safe_dump(content))
-            plan = searching.plan_search(path, tmp_path / f"{name}{seed}", options)
+            plan = searching.plan_search(path, options)
             searcher = searching.prepare(plan, options)
             space = searcher.spaces.searched
             started = time.process_time()

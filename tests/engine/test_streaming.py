@@ -51,11 +51,12 @@ def run(folder: Path, out: str, recipe: dict[str, Any], *options: str) -> Result
 
 
 def merged(folder: Path, out: str, recipe: dict[str, Any], *options: str) -> dict[str, bytes]:
-    """Run a recipe; file name -> content of everything in the output but the recipe."""
+    """Run a recipe; file name -> content of all in the output but recipe and provenance."""
     result = run(folder, out, recipe, *options)
     assert result.exit_code == 0, result.output
     files = {p.name: p.read_bytes() for p in (folder / out).iterdir()}
-    files.pop("mergekit_config.yml")
+    for says_how in ("mergekit_config.yml", "provenance.json"):
+        files.pop(says_how)
     return files
 
 

@@ -133,6 +133,25 @@ def test_a_likelihood_is_nats_per_byte_of_the_answer(make_task, byte_tokenizer, 
     assert (task.solved_at, task.unit) == (None, "nats per byte")
 
 
+def test_the_probability_of_an_answer_is_that_of_all_its_tokens(
+    make_task, byte_tokenizer, random_model
+):
+    rows = [{"prompt": "q", "target": "né"}, {"prompt": "r", "target": "a"}]
+    task = make_task(rows, kind="likelihood", measure="probability")
+    subject = Subject("m", random_model(), byte_tokenizer())
+    with torch.no_grad():
+        subject.model.lm_head.weight.zero_()  # every token is as likely as every other
+    width = subject.model.lm_head.weight.shape[0]
+    found = task.score(subject, task.examples("test"))
+    # three bytes and one, and the end of turn
+    assert [one.value for one in found] == pytest.approx([width**-4, width**-2])
+    assert (task.solved_at, task.unit, task.worst) == (None, "probability", 0.0)
+    with torch.no_grad():
+        subject.model.lm_head.weight.fill_(torch.nan)
+    (ill, _) = task.score(subject, task.examples("test"))
+    assert (ill.value, ill.failure) == (0.0, "the logits are not finite")
+
+
 def test_no_failure_is_better_than_an_honest_answer(make_task, byte_tokenizer, random_model):
     task = make_task([{"prompt": "q", "target": "a"}] * 2, kind="likelihood")
     subject = Subject("m", random_model(), byte_tokenizer())

@@ -61,6 +61,7 @@ def test_the_alternatives_of_a_fusion_are_listed(setting, words):
 def test_the_alternatives_of_a_task_are_listed():
     text = plain(kinds_text())
     assert "as a fusion trains" in text
-    assert "where it has one. Without it, the messages are joined by newlines. One of auto," in text
+    assert "where it has one. Without it, the messages are joined by newlines, " in text
+    assert "earlier answers end as the model ends a text. One of auto," in text
     assert "One of bytes, tokens, none." in text
     assert "a plain string is the test split. data:" in text  # the keys of a mapping are no choice

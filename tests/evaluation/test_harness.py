@@ -15,11 +15,8 @@ import torch
 import yaml
 
 from mergekit_unconstrained.errors import DataError, MissingExtraError, RecipeError
-from mergekit_unconstrained.evaluation.kinds.harness import (
-    HarnessSettings,
-    HarnessTask,
-    read_slice,
-)
+from mergekit_unconstrained.evaluation.kinds.harness import HarnessTask
+from mergekit_unconstrained.evaluation.kinds.harness_settings import HarnessSettings, read_slice
 from mergekit_unconstrained.evaluation.settings import load_tasks
 from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_refused
 from mergekit_unconstrained.evaluation.subject import Subject
@@ -355,12 +352,12 @@ def test_data_that_is_not_there_is_one_sentence(make, tmp_path):
 
 
 def test_a_packaged_task_is_found_without_the_index(monkeypatch):
-    from mergekit_unconstrained.evaluation.kinds import harness
+    from mergekit_unconstrained.evaluation.kinds import harness_benchmarks
 
-    found = harness._packaged("gsm8k")
+    found = harness_benchmarks.packaged("gsm8k")
     assert found is not None
     assert found.parent.name == "gsm8k"
-    assert harness._packaged("no_such_task") is None
+    assert harness_benchmarks.packaged("no_such_task") is None
 
 
 def test_a_tasks_file_reads_it(make, tmp_path):
@@ -377,9 +374,9 @@ def test_a_tasks_file_reads_it(make, tmp_path):
 def test_without_the_extra_it_says_which(make, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
-    from mergekit_unconstrained.evaluation.kinds import harness
+    from mergekit_unconstrained.evaluation.kinds import harness_benchmarks
 
-    harness._manager.cache_clear()
+    harness_benchmarks.manager.cache_clear()
     with pytest.raises(MissingExtraError, match=r"mergekit-unconstrained\[eval\]"):
         make(MULTIPLE_CHOICE, ROWS).examples("test")
 

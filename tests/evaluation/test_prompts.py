@@ -47,6 +47,29 @@ def test_without_a_template_a_newline_stands_before_the_answer(
     assert prompts.text([Message("user", asked)], None, separator) == text
 
 
+@pytest.mark.parametrize("with_end", [True, False])
+def test_earlier_answers_end_as_a_fusion_writes_them(byte_tokenizer, with_end):
+    from mergekit_unconstrained.fusion.data.encoding import Encoder
+    from mergekit_unconstrained.fusion.records import Conversation, Turn
+    from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
+
+    tokenizer = byte_tokenizer()
+    if not with_end:
+        tokenizer.eos_token = None
+    asked = [
+        *ASKED,
+        Message("assistant", "Hello."),
+        Message("user", "And?"),
+        Message("assistant", "No more.\n"),
+        Message("user", "Why?"),
+    ]
+    turns = [*(Turn(m.role, m.content) for m in asked), Turn("assistant", "So.")]
+    encoder = Encoder(tokenizer, ByteTable.from_tokenizer(tokenizer))
+    pair = Prompts(tokenizer, "m").with_answer(asked, "So.", None, end=with_end)
+    trained_on = encoder.encode(Conversation(0, tuple(turns)))
+    assert [*pair.prompt, *pair.answer] == trained_on.ids.tolist()
+
+
 def test_a_prompt_is_read_as_a_fusion_writes_it(byte_tokenizer):
     from mergekit_unconstrained.fusion.data.rendering import Renderer
     from mergekit_unconstrained.fusion.records import Turn

@@ -309,8 +309,8 @@ def test_conversations_do_not_touch_each_other(monkeypatch: pytest.MonkeyPatch) 
         )
     one = aligner()
     alone = [one.align([r], [p])[0] for r, p in zip(records, pivots, strict=True)]
-    for positions in (1, 3, 1000):
-        monkeypatch.setattr(places, "_POSITIONS", positions)
+    for entries in (1, 15, 5000):
+        monkeypatch.setattr(places, "_ENTRIES", entries)
         together = one.align(records, pivots)
         assert len(together) == len(pivots)
         for mine, theirs, pivot in zip(alone, together, pivots, strict=True):

@@ -464,3 +464,32 @@ def test_real_tokenizers_cover_responses_of_every_script(name: str) -> None:
     assert len(said) >= len(held) - 8  # a first token may belong to the template's line feed
     assert encoded.response_bytes == len(held)
     assert (encoded.response_ids == coder.end_id).sum() == 2
+
+
+@pytest.mark.parametrize("name", ["mistral-v1", "qwen"])
+def test_reading_without_offsets_gives_the_tokenizers_own_ids(name: str) -> None:
+    tokenizer = real_tokenizer(name)
+    texts = ["", "a", " #def\n", "Ünï 東京 😀‍👧 </s><|im_end|>", "word " * 300, "\t\n  x"]
+    usual = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    coder = encoder(tokenizer)
+    assert coder._backend is not None
+    assert coder._tokenise(texts) == usual
+    # whoever else has the tokenizer may have left it cutting and padding
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=400)
+    assert coder._tokenise(texts) == usual
+
+
+def test_a_tokenizer_that_changes_text_first_is_asked_itself(make_tokenizer: Tokenizers) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            louder = [t.upper() for t in text] if isinstance(text, list) else text.upper()
+            return super()._encode_plus(louder, *args, **kwargs)
+
+    plain = make_tokenizer("byte_level")
+    shouting = Shouting(tokenizer_object=plain.backend_tokenizer, eos_token=plain.eos_token)
+    coder = Encoder(shouting, ByteTable.from_tokenizer(plain))
+    assert coder._backend is None
+    assert coder._tokenise(["abc", "d"]) == encoder(plain)._tokenise(["ABC", "D"])

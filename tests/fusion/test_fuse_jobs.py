@@ -12,6 +12,8 @@ import yaml
 from click.testing import CliRunner, Result
 
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.engine.digest import sha256
+from mergekit_unconstrained.hub.provenance import load
 from tests.fusion.tiny_fusion import MakeTokenizer, save_model, write_data, write_recipe
 
 
@@ -95,6 +97,25 @@ def test_the_folder_explains_itself(fused: Fused) -> None:
     assert measured["pivot pivot"]["n"] == 5
     assert "this model" in measured
     assert "per_second" not in (fused.out / "fusion.json").read_text()  # equal runs, equal files
+
+
+def test_the_folder_can_be_checked_and_made_again(
+    fused: Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = load(fused.out)
+    (data,) = known.data
+    assert (data.place, data.rows) == ("data.jsonl", {"trained on": 19, "held out": 5})
+    assert data.sha256 == sha256(fused.data)
+    assert known.fusion is not None
+    assert [t.name for t in known.fusion.teachers] == ["gpt2", "mistral"]
+    assert str(fused.folder) not in (fused.out / "provenance.json").read_text()
+    card = (fused.out / "README.md").read_text()
+    measured = json.loads((fused.out / "fusion.json").read_text())["held_out_bits_per_byte"]
+    for model, score in measured.items():
+        assert f"| {model} | {score['bits_per_byte']:.4g} |" in card
+    succeed("verify", fused.out, "--parents")
+    monkeypatch.chdir(fused.folder)
+    assert "equal byte for byte" in succeed("reproduce", "out")
 
 
 def test_a_second_run_takes_every_stage_as_it_is(fused: Fused) -> None:
@@ -335,4 +356,27 @@ def test_a_licence_with_a_word_on_distillation_is_warned_of(fused: Fused, tmp_pa
     (bound / "README.md").write_text("---\nlicense: llama3\n---\n")
     recipe = write(tmp_path, fused, {"models": [{"model": str(bound)}]})
     said = succeed("fuse", "collect", recipe, tmp_path / "out", "--quiet")
-    assert "licence of bound (llama3)" in " ".join(said.split())
+    assert "Llama 3 Community License, the licence of bound, forbids" in " ".join(said.split())
+
+
+def test_distributions_of_another_tokenizers_version_are_noticed(
+    fused: Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries can split a text otherwise than when the pivot's distributions were collected."""
+    from mergekit_unconstrained.errors import DataError
+    from mergekit_unconstrained.fusion.feed import open_feed
+
+    (target,) = (m for name, m in stages_of(fused.out).items() if name.startswith("targets/gpt2"))
+    feed, _ = open_feed(target["results"]["feed"])
+    assert feed[0]["used"].any()
+    as_it_was = feed.pivot.encoder.encode_many
+
+    def otherwise(conversations: Any) -> Any:
+        found = as_it_was(conversations)
+        for one in found:
+            one.ids[one.positions[-2]] += 1
+        return found
+
+    monkeypatch.setattr(feed.pivot.encoder, "encode_many", otherwise)
+    with pytest.raises(DataError, match=r"row \d+: .* of pivot are for other tokens .* run again"):
+        feed[0]

@@ -96,6 +96,7 @@ def completed(c: Candidate, t: int, gold: int, rest: str, unaligned: str) -> Row
     mass, missing = sum(row.values()), float(d.tail[t] + d.unmapped[t])
     whole = mass if rest == "renormalize" else mass + missing
     nothing = d.origin[t] == Origin.NONE or whole == 0
+    nothing |= rest == "renormalize" and float(d.unmapped[t]) > mass
     if nothing or (d.origin[t] == Origin.GOLD and unaligned == "skip"):
         return ({gold: 1.0}, 0.0) if unaligned == "gold" else None
     row = {i: p / whole for i, p in row.items()}
@@ -266,6 +267,22 @@ def test_a_distribution_without_a_kept_entry() -> None:
             [source], GOLD, target="teacher", rest=rest, unaligned=unaligned, include_pivot=False  # type: ignore[arg-type]
         )  # fmt: skip
         same(found, [expected, {1: 1.0}], [left, 0])
+
+
+def test_a_distribution_that_is_mostly_unmapped_is_not_spread_over_what_is_left() -> None:
+    """0.3 mapped: the half that is unmapped says more; 0.5 is as much; the tail does not count."""
+    found = distributions(
+        [{1: 0.3}, {1: 0.4, 2: 0.1}, {3: 0.1}], tail=[0.2, 0.0, 0.85], unmapped=[0.5, 0.5, 0.05]
+    )
+    gold = np.array([5, 5, 5], dtype=np.int32)
+    options: dict[str, Any] = {"target": "teacher", "include_pivot": False}
+    kept = [{1: 0.8, 2: 0.2}, {3: 1.0}]
+    for unaligned, instead in (("gold", {5: 1.0}), ("skip", None)):
+        spread = fuse([candidate(found)], gold, unaligned=unaligned, **options)  # type: ignore[arg-type]
+        same(spread, [instead, *kept])
+    in_gold = fuse([candidate(found)], gold, rest="gold", **options)
+    same(in_gold, [{1: 0.3, 5: 0.7}, {1: 0.4, 2: 0.1, 5: 0.5}, {3: 0.1, 5: 0.9}])
+    assert fuse([candidate(found)], gold, rest="bucket", unaligned="skip", **options).used.all()
 
 
 def test_the_winner_keeps_a_position_it_has_nothing_for() -> None:

@@ -31,6 +31,7 @@ from mergekit_unconstrained.fusion.feed import open_feed
 from mergekit_unconstrained.fusion.stages import Run
 from mergekit_unconstrained.fusion.workdir import WorkDir
 from mergekit_unconstrained.jobs import fusing
+from mergekit_unconstrained.jobs.fusion_models import located
 from tests.fusion import underdetermined as u
 from tests.fusion.tiny_fusion import write_recipe
 
@@ -72,7 +73,7 @@ class Bench:
         options = MergeOptions(quiet=True)
         plan = fusing.plan(document, config, method, options)
         self.pair = pair
-        self.run = fusing.located(plan, options, WorkDir(plan.work_dir(folder / "out")))
+        self.run = located(plan, options, WorkDir(plan.work_dir(folder / "out")))
 
     def gap(self, *, sft: bool = False, rate: float = u.RATE, **settings: Any) -> Gap:
         """What one training leaves. It is done once: a stage that is there is taken as it is."""

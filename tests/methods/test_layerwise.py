@@ -431,7 +431,7 @@ def test_a_weight_that_nobody_gives_is_asked_for() -> None:
         {"normalize": "perhaps"},
         {"select_topk": 1.01},
         {"lambda": math.nan},
-        {"scope": "model"},
+        {"scope": "layer"},
         {"seed": 0.5},
         {"precision": "bfloat16"},
         {"no_such_parameter": 1},

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_unconstrained import compat, jobs
+from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.errors import ModelError, NonFiniteError
 from mergekit_unconstrained.jobs.searching import merge_plan, plan_search, prepare, write_candidate
@@ -24,7 +25,7 @@ from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.search.memory import LiveMerge
 from mergekit_unconstrained.search.run import Searcher
 from mergekit_unconstrained.search.space import Candidate
-from tests.conftest import TinyModels
+from tests.conftest import TinyModels, _byte_tokenizer
 
 Weights = dict[str, torch.Tensor]
 OPTIONS = compat.MergeOptions(quiet=True)
@@ -95,7 +96,7 @@ def search(tmp_path: Path) -> Callable[..., Searcher]:
         file = tmp_path / "search.yml"
         given = {"recipe": recipe, "genome": genome, "tasks": tasks, **settings}
         file.write_text(yaml.safe_dump(given))
-        return prepare(plan_search(file, tmp_path / "found", OPTIONS), OPTIONS)
+        return prepare(plan_search(file, OPTIONS), OPTIONS)
 
     return make
 
@@ -167,6 +168,8 @@ CASES = [
     ("llama", "float32", "task_arithmetic", {"out_dtype": "bfloat16"}),
     ("gpt2", "float32", "ties", {"parameters": {"rescale": "inverse", "normalize": False}}),
     ("qwen2", "float32", "ties", {"parameters": {"rescale": "l1", "precision": "float64"}}),
+    ("llama", "bfloat16", "ties", {"parameters": {"scope": "model"}}),
+    ("qwen2", "float32", "breadcrumbs", {"parameters": {"scope": "model"}, "dtype": "bfloat16"}),
 ]
 
 
@@ -208,6 +211,8 @@ UPSTREAM = [
     ("qwen2", "bfloat16", "linear", {}),
     ("llama", "float32", "slerp", {"dtype": "bfloat16"}),
     ("gpt2", "bfloat16", "nuslerp", {"dtype": "float32"}),
+    ("llama", "bfloat16", "ties_global", {"dtype": "float32"}),
+    ("qwen2", "float32", "ties_global", {}),
 ]
 
 
@@ -285,6 +290,19 @@ def test_only_slices_that_changed_are_computed(
     assert live.write(candidate(searcher, values)) == 0
     # A layer, with what lies behind the last one: mergekit takes it from the last slice.
     assert live.write(candidate(searcher, {**values, "expert1 weight layer 1": 0.25})) == 9 + 2
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_numbers_of_mergekits_methods_that_change_nothing_are_found(
+    parents: Callable[..., Parents], search: Callable[..., Searcher], method: str
+) -> None:
+    genome = {"kinds": ["mlp"], "parameters": {"weight": {}}}
+    searcher = search(recipe_of(parents(), method), genome)
+    found = searcher.spaces.searched.genome
+    names = {f"expert{i} weight layer 1 mlp" for i in (1, 2)}  # no expert differs there
+    assert {gene.name for gene in found.fixed} == names
+    assert len(found) == 2 * 2 * 2 - 2
+    assert searcher.spaces.free.genome.fixed == ()
 
 
 @pytest.mark.parametrize("method", ["layerwise", "ties"])
@@ -434,5 +452,26 @@ def test_the_plan_of_the_start_is_the_plan_of_every_candidate(
     parents: Callable[..., Parents], search: Callable[..., Searcher], tmp_path: Path
 ) -> None:
     searcher = search(recipe_of(parents(), "task_arithmetic"), {})
-    plan = merge_plan(searcher.spaces.searched, tmp_path / "start", OPTIONS)
+    document = Document.read(tmp_path / "search.yml")
+    plan = merge_plan(document, searcher.spaces.searched, OPTIONS)
     assert [t.name for t in plan.tensors] == [t.name for t in searcher.live.plan.tensors]
+
+
+def test_a_mixture_whose_experts_are_fused_on_loading_is_refused_in_a_sentence(
+    search: Callable[..., Searcher], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {**SMALL["llama"], **heads, "vocab_size": 256, "num_local_experts": 2}
+    config = AutoConfig.for_model("mixtral", **sizes)
+    folders = tuple(tmp_path / name for name in ("base", "one", "two"))
+    for folder in folders:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        _byte_tokenizer().save_pretrained(folder)
+    files = load_file(folders[0] / "model.safetensors")
+    assert any("experts.1.w1" in name for name in files)  # on the disk every expert has its own
+    with pytest.raises(
+        ModelError, match=r"experts.gate_up_proj is put together of several tensors"
+    ):
+        search(layerwise(Parents(folders[0], folders[1:]), "task_arithmetic"), {})

@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.hub.provenance import load
 from mergekit_unconstrained.present.bars import quiet
 from mergekit_unconstrained.search.objective import Objective
 from mergekit_unconstrained.search.settings import SearchSettings
@@ -216,9 +219,16 @@ def test_dry_run_says_what_it_would_cost_and_writes_no_model(
     search_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     said = " ".join(succeed(search_file(), tmp_path / "out", "--dry-run").split())
-    for words in ("6 numbers", "cma, population 9", "3 studies", "x 40 candidates", "30 examples"):
+    for words in (
+        "6 numbers",
+        "cma, population 9",
+        "3 studies",
+        "x 40 candidates",
+        "30 examples",
+        "live model",
+    ):
         assert words in said
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "search.yml"]
 
 
 def test_a_configuration_of_mergekit_evolve_is_read(planted: Planted, tmp_path: Path) -> None:
@@ -274,6 +284,36 @@ def test_bad_input_is_one_clear_error(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_operator_is_named_where_it_was_written(
+    planted: Planted, search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = yaml.safe_load(planted.file.read_text())["recipe"]
+    recipe["parameters"]["operator"] = "task_arithmetics"
+    path = search_file(recipe=recipe)
+    lines = path.read_text().splitlines()
+    line = 1 + lines.index("    operator: task_arithmetics")
+    said = " ".join(run(path, tmp_path / "out").output.split())
+    assert f"search.yml:{line}: parameters.operator: " in said
+    assert "Did you mean 'task_arithmetic'" in said
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate"])
+def test_a_wrong_file_is_refused_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    given = {"search": ["wrong.yml", "out"], "evaluate": ["model", "--tasks", "wrong.yml"]}[command]
+    code = (
+        "import sys; from click.testing import CliRunner; from mergekit_unconstrained.cli import "
+        f"main; found = CliRunner().invoke(main, {[command, *given]}); print(found.output); "
+        "sys.exit(found.exit_code + 10 * ('torch' in sys.modules))"
+    )
+    recipe = "recipe: {}\n" if command == "search" else ""
+    (tmp_path / "wrong.yml").write_text(recipe + "tasks: {one: {kind: exactt}}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "Did you mean 'exact'" in done.stdout
+    assert done.returncode == 1
+
+
 def test_a_search_of_other_settings_does_not_mix_with_what_is_there(
     search_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -315,7 +355,27 @@ def test_the_card_says_that_it_was_searched_and_how_good_it_is(searched: Path) -
     assert "found by a search: cma, 45 candidates" in card
     assert "not been evaluated" not in card
     assert "this model" in card
-    assert "[report.md](report.md)" in card
+    assert "[report.md](./report.md)" in card
+
+
+def test_the_card_agrees_with_the_report_and_the_merge_can_be_made_again(
+    planted: Planted, searched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = (searched / "README.md").read_text()
+    (task,) = report(searched)["tasks"]
+    for model, (value, error, n) in task["means"].items():
+        name = "this model" if model == "searched" else model
+        assert f"| {name} | {value:.4g} | {error:.2g} | {n} |" in card
+    splits = report(searched)["splits"][task["name"]]
+    for split, count in splits.items():
+        assert f"{count} {split}" in card
+    known = load(searched)
+    assert [d.rows for d in known.data] == [splits]
+    assert {"report.json", "plots/history.png", "merge.yml"} <= {f.name for f in known.files}
+    monkeypatch.chdir(planted.folder)
+    for command in ("verify", "reproduce"):
+        result = CliRunner().invoke(main, [command, str(searched)])
+        assert result.exit_code == 0, result.output
 
 
 def test_a_finished_search_says_how_to_go_on(
@@ -434,3 +494,32 @@ def test_a_full_disk_is_one_sentence_and_the_search_goes_on(
     assert not out.exists()
     succeed(path, out)
     assert report(out)["studies"][0]["candidates"] == 3
+
+
+def test_time_of_earlier_runs_counts(search_file: Callable[..., Path], tmp_path: Path) -> None:
+    file, out = search_file(budget=12, baselines=[]), tmp_path / "out"
+    succeed(file, out)
+    spent = report(out)["studies"][0]["seconds"]
+    out.rename(tmp_path / "aside")
+    succeed(file, out, "--budget", 400, "--time", f"{spent / 2}")
+    assert report(out)["studies"][0]["candidates"] == 12
+    out.rename(tmp_path / "aside, too")
+    succeed(file, out, "--budget", 13, "--time", "1h")
+    assert report(out)["studies"][0]["candidates"] == 13
+
+
+def test_models_that_are_called_as_the_table_calls_its_candidates(
+    planted: Planted, search_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = ("searched", "other/searched")
+    for name, folder in zip(names, planted.experts, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+    recipe = yaml.safe_load(planted.file.read_text())["recipe"]
+    recipe["models"] = [{"model": str(tmp_path / name)} for name in names]
+    succeed(search_file(budget=6, baselines=[], recipe=recipe), tmp_path / "out")
+    found = report(tmp_path / "out")
+    (task,) = found["tasks"]
+    experts = ["expert searched", "expert searched (2)"]
+    assert found["parents"] == ["base", *experts]
+    assert list(task["means"]) == ["base", *experts, "searched"]
+    assert len({tuple(task["means"][name]) for name in experts}) == 2

@@ -204,6 +204,21 @@ def test_a_larger_budget_goes_on(journal: Path) -> None:
     assert told == [0, 1, 2, 3, 4]
 
 
+def test_a_worker_begins_nothing_after_the_leader_has_closed_the_study(journal: Path) -> None:
+    leader, worker = opened(journal), opened(journal)
+
+    def until_the_fifth(values: Values, best: Scores | None) -> Outcome:
+        if len(leader.trials) == 5:
+            leader.close()
+        return by_values(values)
+
+    worker.run(20, until_the_fifth)
+    assert len(worker.finished) == 5
+    leader.open()
+    worker.run(20, evaluate)
+    assert len(leader.finished) == 20
+
+
 def test_nothing_is_begun_after_the_deadline(journal: Path) -> None:
     study = opened(journal)
     study.run(5, evaluate, deadline=0.0)

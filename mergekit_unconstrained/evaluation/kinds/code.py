@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from mergekit_unconstrained.errors import DataError
-from mergekit_unconstrained.evaluation.configured import FileTask
 from mergekit_unconstrained.evaluation.programs import (
-    PROGRAM_UNKEYED,
     Program,
     ProgramSettings,
+    ProgramTask,
     blocks,
-    check_allowed,
     parses,
     run_programs,
     stopped,
@@ -29,7 +26,6 @@ from mergekit_unconstrained.evaluation.programs import (
 from mergekit_unconstrained.evaluation.prompts import between, is_templated
 from mergekit_unconstrained.evaluation.reading import text_of, value_of
 from mergekit_unconstrained.evaluation.records import Example, Scored
-from mergekit_unconstrained.evaluation.settings import FileSettings, GenerationSettings
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Advance
 
@@ -47,15 +43,11 @@ _TRIES = 400
 """Lines given up at the end of an answer that is not Python as a whole."""
 
 
-class CodeSettings(ProgramSettings, GenerationSettings, FileSettings):
+class CodeSettings(ProgramSettings):
     """Of `kind: code`."""
 
-    unkeyed: ClassVar[frozenset[str]] = (
-        FileSettings.unkeyed | PROGRAM_UNKEYED | {"tests", "entry_point", "setup"}
-    )
+    unkeyed: ClassVar[frozenset[str]] = ProgramSettings.unkeyed | {"tests", "entry_point", "setup"}
 
-    max_new_tokens: int = Field(default=512, ge=1)
-    """Longest answer; one that has not ended by then counts as a failure, scored all the same."""
     target: str = "target"
     """Not for `kind: code`: the tests judge an answer."""
     tests: str = "test"
@@ -73,15 +65,11 @@ class CodeSettings(ProgramSettings, GenerationSettings, FileSettings):
         return self
 
 
-class CodeTask(FileTask[CodeSettings]):
+class CodeTask(ProgramTask[CodeSettings]):
     """Right when all tests pass. The answer is a fenced block, or continues the prompt."""
 
     settings_class = CodeSettings
     unit = "tests passed"
-
-    def __init__(self, name: str, settings: CodeSettings, folder: Path) -> None:
-        check_allowed(name, settings)
-        super().__init__(name, settings, folder)
 
     def example(self, id: str, row: Mapping[str, Any], where: str) -> Example:
         """As in FileTask."""

@@ -4,43 +4,38 @@ The benchmark's own prompts, filters and metrics are used, on the model in memor
 `lm_eval`: every example is scored by itself, so that it gets the same score whatever it is scored
 with; all examples are therefore asked with the same few shots (seed 1234), and an example is never
 among its own shots, whichever split it is from; groups of tasks are not averaged: name each task.
-Written against lm-eval 0.4.13.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import hashlib
-import importlib
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-from pydantic import Field, field_validator
+from typing import Any
 
 from mergekit_unconstrained.config.words import suggest
-from mergekit_unconstrained.errors import (
-    DataError,
-    MissingExtraError,
-    RecipeError,
-    UnconstrainedError,
-)
+from mergekit_unconstrained.errors import DataError, RecipeError, UnconstrainedError
 from mergekit_unconstrained.evaluation.configured import ConfiguredTask
+from mergekit_unconstrained.evaluation.kinds.harness_benchmarks import (
+    SHOTS_SEED,
+    in_a_line,
+    lm_eval,
+    load_benchmark,
+    quiet,
+    seeded,
+    watched,
+)
+from mergekit_unconstrained.evaluation.kinds.harness_settings import HarnessSettings, read_slice
 from mergekit_unconstrained.evaluation.records import SPLITS, Example, Message, Scored, Split
-from mergekit_unconstrained.evaluation.settings import PromptSettings, TaskSettings
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Advance
 
-_SLICE = re.compile(r"(?:(?P<docs>train|validation|test)(?:\[(?P<range>.*)\])?|(?P<bare>.*))")
-_RANGE = re.compile(r"\s*(\d*)\s*:\s*(\d*)\s*")
-_SHOTS_SEED = 1234  # lm_eval's own
 _NATS = {
     "perplexity": "nats",
     "word_perplexity": "nats per word",
@@ -51,43 +46,6 @@ _NATS = {
 _WORST = -100.0
 _CHUNK = 8
 """Batches of examples scored together, between two steps of the progress bar."""
-
-
-class HarnessSettings(PromptSettings):
-    """Of `kind: harness`."""
-
-    unkeyed: ClassVar[frozenset[str]] = TaskSettings.unkeyed | {"splits", "task"}
-
-    task: str
-    """A task of lm-evaluation-harness, or the path of a YAML file (relative to the tasks file)."""
-    splits: dict[Split, str] = Field(default={"test": ":"})
-    """Which documents: "0:100" of those that lm-eval evaluates on, or "train", "train[0:100]",
-    "validation[100:]", "test[:50]"; a plain text is the test split."""
-    metric: str | None = None
-    """Of the task's metrics; its first where not given."""
-    filter: str | None = None
-    """Of the task's filters; its first where not given."""
-    fewshot: int | None = Field(default=None, ge=0)
-    """Worked examples in front of every question; as the task says where not given."""
-    max_new_tokens: int | None = Field(default=None, ge=1)
-    """Longest answer; as the task says where not given."""
-    chat: Literal["auto"] | bool = False
-    """Whether the tokenizer's chat template is used; auto: where it has one. lm-eval's way is
-    false."""
-
-    @field_validator("splits", mode="before")
-    @classmethod
-    def _one_slice_is_the_test(cls, value: Any) -> Any:
-        return {"test": value} if isinstance(value, str) else value
-
-    @field_validator("splits")
-    @classmethod
-    def _slices_are_readable(cls, value: dict[Split, str]) -> dict[Split, str]:
-        if not value:
-            raise ValueError("name the documents of at least one split")
-        for text in value.values():
-            read_slice(text)
-        return value
 
 
 class HarnessTask(ConfiguredTask[HarnessSettings]):
@@ -130,7 +88,7 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
         text = re.sub(r" at 0x[0-9a-f]+", "", text)  # functions that have no source
         return self.settings.digest(
             version=self.version,
-            lm_eval=_lm_eval("lm_eval").__version__,
+            lm_eval=lm_eval("lm_eval").__version__,
             task=hashlib.sha256(text.encode()).hexdigest(),
         )
 
@@ -209,7 +167,7 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
         self, subject: Subject, examples: Sequence[Example], advance: Advance = lambda _: None
     ) -> list[Scored]:
         """As in Task. What fails for many is tried in halves, until it is known for whom."""
-        with _quiet(), _watched(subject.model):
+        with quiet(), watched(subject.model):
             model = self._model(subject)
             found = []
             step = _CHUNK * subject.batch_size
@@ -228,7 +186,7 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
             if len(examples) > 1:
                 half = len(examples) // 2
                 return self._chunk(model, examples[:half]) + self._chunk(model, examples[half:])
-            return [Scored(examples[0].id, self.worst, failure=_told(error))]
+            return [Scored(examples[0].id, self.worst, failure=in_a_line(error))]
 
     def _scores(self, model: Any, examples: Sequence[Example]) -> list[Scored]:
         """lm_eval.evaluate for some documents, without what is not needed for single examples."""
@@ -250,7 +208,7 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
         task._instances = [request for requests in asked for request in requests]
         kind = task._instances[0].request_type
         repeated = [request for request in task._instances for _ in range(request.repeats)]
-        with _seeded(model.device):
+        with seeded(model.device):
             answers = getattr(model, kind)(repeated, disable_tqdm=True)
         for request, answer in zip(repeated, answers, strict=True):
             request.resps.append(answer)
@@ -290,7 +248,7 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
     ) -> str | list[str]:
         """What the model reads before it answers; without a model: before any chat template."""
         task = self._task
-        task.set_fewshot_seed(_SHOTS_SEED)
+        task.set_fewshot_seed(SHOTS_SEED)
         with self._not_its_own_shot(named, document):
             found: str | list[str] = task.fewshot_context(
                 document,
@@ -336,7 +294,7 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
         """The subject as lm-eval sees a model. Its tokenizer is a copy: lm-eval changes it."""
         if self._tokenizer[0] is not subject.tokenizer:
             self._tokenizer = (subject.tokenizer, copy.deepcopy(subject.tokenizer))
-        hflm = _lm_eval("lm_eval.models.huggingface").HFLM
+        hflm = lm_eval("lm_eval.models.huggingface").HFLM
         return hflm(
             pretrained=subject.model,
             tokenizer=self._tokenizer[1],
@@ -388,8 +346,7 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
     @cached_property
     def _task(self) -> Any:
         """lm-eval's task object; RecipeError, DataError when there is none."""
-        with _quiet():
-            task = self._built()
+        task = load_benchmark(self.settings.task, self._local, self.name)
         if getattr(task, "UNSAFE_CODE", False):
             raise RecipeError(
                 f"task {self.name!r}: {self.settings.task} runs model-written code without any "
@@ -402,156 +359,6 @@ class HarnessTask(ConfiguredTask[HarnessSettings]):
             task.set_config("generation_kwargs", more, update=True)
         return task
 
-    def _built(self) -> Any:
-        path = self._local
-        if path is not None and not path.is_file():
-            raise RecipeError(
-                f"task {self.name!r}: there is no {str(path)!r} (paths in a tasks file are "
-                "relative to it)"
-            )
-        path = path or _packaged(self.settings.task)
-        try:
-            if path is not None:
-                manager = _manager(defaults=False)
-                loaded = manager.load(_with_data_beside(path) if self._local else str(path))
-            else:
-                manager = _manager(defaults=True)
-                self._known(manager)
-                loaded = manager.load(self.settings.task)
-        except UnconstrainedError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"task {self.name!r}: lm-eval cannot load {self.settings.task} ({_told(error)}); "
-                "its data must be at hand or downloadable"
-            ) from error
-        if loaded.get("groups") or len(loaded["tasks"]) != 1:
-            raise RecipeError(
-                f"task {self.name!r}: {self.settings.task} is a group; name one of its tasks. "
-                f"{suggest('', list(loaded['tasks'])[:20])}"
-            )
-        (task,) = loaded["tasks"].values()
-        return task
-
-    def _known(self, manager: Any) -> None:
-        name = self.settings.task
-        if name in manager.all_tasks:
-            return
-        near = suggest(name, manager.all_tasks)
-        near = near if near.startswith("Did you mean") else "`lm-eval ls tasks` lists all."
-        raise RecipeError(f"task {self.name!r}: lm-eval has no task {name!r}. {near}")
-
-
-def read_slice(text: str) -> tuple[str | None, int | None, int | None]:
-    """`train[5:10]` as (train, 5, 10), `:10` as (None, None, 10); ValueError for anything else."""
-    found = _SLICE.fullmatch(text.strip())
-    inner = None
-    if found is not None:
-        inner = ":" if found["docs"] and found["range"] is None else found["range"] or found["bare"]
-    bounds = _RANGE.fullmatch(inner or "")
-    if found is None or bounds is None:
-        raise ValueError(
-            f'{text!r} is no choice of documents: write "0:100", "train", "train[0:100]", '
-            '"validation[:50]" or "test[100:]"'
-        )
-    first, last = (int(bound) if bound else None for bound in bounds.groups())
-    if first is not None and last is not None and first >= last:
-        raise ValueError(f"{text!r} holds no documents: the first number must be the smaller one")
-    return found["docs"], first, last
-
-
-def _lm_eval(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError("a task of `kind: harness`", "eval") from error
-
-
-@functools.cache
-def _manager(*, defaults: bool) -> Any:
-    """lm-eval's index of tasks; with its own ten thousand it takes half a minute to build."""
-    return _lm_eval("lm_eval.tasks").TaskManager(include_defaults=defaults)
-
-
-def _packaged(name: str) -> Path | None:
-    """The file of a task that lm-eval brings, where it is named like the task; spares the index."""
-    index = _lm_eval("lm_eval.tasks._index")
-    root = Path(_lm_eval("lm_eval.tasks").__file__).parent
-    if not re.fullmatch(r"[\w.-]+", name):
-        return None
-    for path in sorted(root.rglob(f"{name}.yaml")):
-        entry = index.TaskIndex.entry_from_path(path)
-        if entry is not None and entry.name == name and entry.kind.name == "TASK":
-            return path
-    return None
-
-
-def _with_data_beside(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file; data files that lie beside it are found wherever one works."""
-    config: dict[str, Any] = _lm_eval("lm_eval.tasks._yaml_loader").load_yaml(path)
-    told = config.get("dataset_kwargs")
-    if isinstance(told, dict) and "data_files" in told:
-        files = _beside(told["data_files"], path.parent.resolve())
-        config["dataset_kwargs"] = {**told, "data_files": files}
-    return config
-
-
-def _beside(files: Any, folder: Path) -> Any:
-    if isinstance(files, dict):
-        return {key: _beside(value, folder) for key, value in files.items()}
-    if isinstance(files, list):
-        return [_beside(value, folder) for value in files]
-    return str(folder / files) if isinstance(files, str) and (folder / files).is_file() else files
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what lm-eval says to those who call it by hand."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextlib.contextmanager
-def _watched(model: Any) -> Iterator[None]:
-    """Logits of NaN raise: lm-eval would take an answer out of them."""
-    import torch
-
-    from mergekit_unconstrained.evaluation.generation import NOT_FINITE
-
-    def look(_module: Any, _inputs: Any, output: Any) -> None:
-        logits = getattr(output, "logits", None)
-        # the last position has seen all others; in the padding behind shorter rows it has too
-        if logits is not None and not torch.isfinite(logits[:, -1].amax(dim=-1)).all():
-            raise FloatingPointError(NOT_FINITE)
-
-    handle = model.register_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _seeded(device: Any) -> Iterator[None]:
-    """For tasks that draw their answers at random."""
-    import torch
-
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(_SHOTS_SEED)
-        yield
-
 
 def _is_number(value: Any) -> bool:
     return hasattr(value, "__float__")
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, FloatingPointError):
-        return str(error)
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__

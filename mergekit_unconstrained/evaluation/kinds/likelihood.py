@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 from mergekit_unconstrained.evaluation.configured import FileTask
 from mergekit_unconstrained.evaluation.records import Example, Scored
 from mergekit_unconstrained.evaluation.settings import FileSettings
-from mergekit_unconstrained.evaluation.subject import Subject
+from mergekit_unconstrained.evaluation.subject import Likelihood, Subject
 from mergekit_unconstrained.evaluation.task import Advance
 
 WORST = -20.0
@@ -20,15 +22,30 @@ class LikelihoodSettings(FileSettings):
 
     end: bool = True
     """Whether the end of turn behind the answer counts."""
+    measure: Literal["nats_per_byte", "probability"] = "nats_per_byte"
+    """probability: that the model, sampling, gives exactly this answer. Its mean is the exact match
+    to be expected, without a step; nats weigh the answers that are far off the most (ours)."""
 
 
 class LikelihoodTask(FileTask[LikelihoodSettings]):
-    """log p(target and end of turn | prompt) / UTF-8 bytes of the target, in nats."""
+    """log p(target and end of turn | prompt) / UTF-8 bytes of the target, in nats; or p itself."""
 
     settings_class = LikelihoodSettings
-    unit = "nats per byte"
     solved_at = None
-    worst = WORST
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """As `measure` has it."""
+        return "probability" if self._probable else "nats per byte"
+
+    @property
+    def worst(self) -> float:  # type: ignore[override]
+        """As in ConfiguredTask."""
+        return 0.0 if self._probable else WORST
+
+    @property
+    def _probable(self) -> bool:
+        return self.settings.measure == "probability"
 
     def score(
         self, subject: Subject, examples: Sequence[Example], advance: Advance = lambda _: None
@@ -43,6 +60,9 @@ class LikelihoodTask(FileTask[LikelihoodSettings]):
             advance=advance,
         )
         return [
-            Scored(example.id, max(WORST, one.nats / one.bytes), failure=one.failure)
+            Scored(example.id, self._value(one), failure=one.failure)
             for example, one in zip(examples, likely, strict=True)
         ]
+
+    def _value(self, one: Likelihood) -> float:
+        return math.exp(one.nats) if self._probable else max(WORST, one.nats / one.bytes)

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from mergekit_unconstrained.errors import DataError
-from mergekit_unconstrained.evaluation.configured import FileTask
 from mergekit_unconstrained.evaluation.kinds.answers import answer_number, normal, same_number
 from mergekit_unconstrained.evaluation.programs import (
-    PROGRAM_UNKEYED,
     Program,
     ProgramSettings,
-    check_allowed,
+    ProgramTask,
     first_block,
     run_programs,
     stopped,
@@ -32,7 +29,6 @@ from mergekit_unconstrained.evaluation.programs import (
 from mergekit_unconstrained.evaluation.prompts import between, is_templated
 from mergekit_unconstrained.evaluation.records import Example, Message, Scored
 from mergekit_unconstrained.evaluation.sandbox import Ran
-from mergekit_unconstrained.evaluation.settings import FileSettings, GenerationSettings
 from mergekit_unconstrained.evaluation.subject import Continuation, Subject
 from mergekit_unconstrained.evaluation.task import Advance
 
@@ -64,13 +60,9 @@ cell(NUMBER)
 """
 
 
-class ToolsSettings(ProgramSettings, GenerationSettings, FileSettings):
+class ToolsSettings(ProgramSettings):
     """Of `kind: tools`."""
 
-    unkeyed: ClassVar[frozenset[str]] = FileSettings.unkeyed | PROGRAM_UNKEYED
-
-    max_new_tokens: int = Field(default=512, ge=1)
-    """Longest answer of one round."""
     answer: Literal["numeric", "exact"] = "numeric"
     """How the last words are compared with the target."""
     tolerance: float = Field(default=1e-6, ge=0, allow_inf_nan=False)
@@ -100,15 +92,11 @@ class _Conversation:
         self.messages[-1] = Message(last.role, prompt)
 
 
-class ToolsTask(FileTask[ToolsSettings]):
+class ToolsTask(ProgramTask[ToolsSettings]):
     """Right when the answer that the model gives in the end is the target."""
 
     settings_class = ToolsSettings
     unit = "solved with tools"
-
-    def __init__(self, name: str, settings: ToolsSettings, folder: Path) -> None:
-        check_allowed(name, settings)
-        super().__init__(name, settings, folder)
 
     def example(self, id: str, row: Mapping[str, Any], where: str) -> Example:
         """As in FileTask."""

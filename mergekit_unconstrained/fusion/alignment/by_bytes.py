@@ -77,7 +77,7 @@ class ByteAligner:
         if len(records) != len(pivots):
             raise ValueError(f"{len(records)} records for {len(pivots)} conversations")
         aligned: list[SparseDistributions] = []
-        for part in blocks(pivots):
+        for part in blocks(records, pivots):
             block = Block.of(records[part], pivots[part], self._size)
             aligned += _split(*self._align(block), block.counts)
         return aligned

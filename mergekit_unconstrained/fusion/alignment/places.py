@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mergekit_unconstrained.fusion.records import Encoded, Floats, Ints, Record, TopK
 from mergekit_unconstrained.fusion.vocabulary.tables import ByteTable
 
-_POSITIONS = 32768
+_ENTRIES = 360_000
 """Worked on at a time: enough to make light of the calls, few enough for the processor's cache."""
 _FLOOR = -100.0
 """A logarithm as good as minus infinity, whose sums stay finite."""
@@ -89,14 +89,14 @@ def _before(sizes: Index) -> Index:
     return np.cumsum(sizes) - sizes
 
 
-def blocks(pivots: Sequence[Encoded]) -> Iterator[slice]:
+def blocks(records: Sequence[Record], pivots: Sequence[Encoded]) -> Iterator[slice]:
     """Conversations that are worked on together."""
-    first = positions = 0
-    for n, pivot in enumerate(pivots, start=1):
-        positions += len(pivot.ends)
-        if positions >= _POSITIONS or n == len(pivots):
+    first = entries = 0
+    for n, (record, pivot) in enumerate(zip(records, pivots, strict=True), start=1):
+        entries += len(pivot.ends) * (record.topk.ids.shape[1] + 1)
+        if entries >= _ENTRIES or n == len(pivots):
             yield slice(first, n)
-            first, positions = n, 0
+            first, entries = n, 0
 
 
 @dataclass(frozen=True, eq=False)

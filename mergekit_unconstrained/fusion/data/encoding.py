@@ -52,6 +52,7 @@ class Encoder:
         self.table = table
         self.max_length = max_length
         self._tokenizer = tokenizer
+        self._backend = _library_tokenizer(tokenizer)
         eos = tokenizer.eos_token_id
         self.end_ids = frozenset(generation_ends) | ({eos} if eos is not None else set())
         self._prefix = self._added_before()
@@ -96,9 +97,17 @@ class Encoder:
             return reason
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        """Token ids, without special tokens added: those that belong there are in the text, the
+        template wrote them."""
         if not texts:
             return []
-        # Special tokens that belong there are in the text: the template wrote them.
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
+            # fast: without character offsets, a quarter of the time, which nobody asks for here
+            found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [one.ids for one in found]
         made = self._tokenizer(
             texts,
             add_special_tokens=False,
@@ -200,6 +209,16 @@ class Encoder:
             last = -1
         eos = self._tokenizer.eos_token_id
         return last if last in self.table.special else eos
+
+
+def _library_tokenizer(tokenizer: Any) -> Any:
+    """What a tokenizer of transformers hands its text to; None if it changes the text before."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = getattr(type(tokenizer), "_encode_plus", None)
+    if own is None or own is not getattr(PreTrainedTokenizerFast, "_encode_plus", None):
+        return None
+    return tokenizer.backend_tokenizer
 
 
 def fit(conversation: Conversation, encoders: Sequence[Encoder]) -> int | None:

@@ -23,43 +23,39 @@ def spell(ids: Ints, text: bytes, table: ByteTable) -> tuple[Ints, Ints]:
 
     A token that is nothing but the space put before the text has start = end.
     """
-    listed = ids.tolist()
     try:
-        pieces = [table.pieces[i] for i in listed]
-        spelt = b"".join(pieces)
+        pieces = [*map(table.pieces.__getitem__, ids.tolist())]
+        spelt = b"".join(pieces)  # type: ignore[arg-type]
     except (IndexError, TypeError):  # an id that stands for no text
         raise Unencodable(OTHER_BYTES) from None
     if spelt != text:
-        return _by_segments(listed, [p or b"" for p in pieces], text, table)
+        return _by_segments(ids, pieces, text, table)  # type: ignore[arg-type]
     lengths = table.lengths[ids]
     ends = np.cumsum(lengths, dtype=np.int32)
     return ends - lengths, ends
 
 
 def _by_segments(
-    ids: Sequence[int], pieces: Sequence[bytes], text: bytes, table: ByteTable
+    ids: Ints, pieces: Sequence[bytes], text: bytes, table: ByteTable
 ) -> tuple[Ints, Ints]:
     """The same where spaces were added or swallowed: special tokens are found one by one."""
-    starts = np.zeros(len(ids), dtype=np.int32)
-    ends = np.zeros(len(ids), dtype=np.int32)
-    place, first = 0, 0
-    while first < len(ids):
-        if ids[first] in table.special:
-            place = _skip(pieces[first], text, place)
-            starts[first], ends[first] = place, place + len(pieces[first])
-            place, first = int(ends[first]), first + 1
-            continue
-        last = first
-        while last < len(ids) and ids[last] not in table.special:
-            last += 1
-        segment = b"".join(pieces[first:last])
+    lengths = table.lengths[ids]
+    starts, ends = np.zeros_like(lengths), np.zeros_like(lengths)
+    place = first = 0
+    for last in [*np.flatnonzero(table.is_special[ids]).tolist(), len(ids)]:
         following = pieces[last] if last < len(ids) else None
-        place, added = _find(segment, text, place, following, first > 0)
-        lengths = table.lengths[np.asarray(ids[first:last], dtype=np.int64)]
-        ends[first:last] = place - added + np.cumsum(lengths)
-        starts[first:last] = ends[first:last] - lengths
-        starts[first] += added
-        place, first = int(ends[last - 1]), last
+        if first < last:
+            segment = b"".join(pieces[first:last])
+            place, added = _find(segment, text, place, following, first > 0)
+            ends[first:last] = place - added + np.cumsum(lengths[first:last])
+            starts[first:last] = ends[first:last] - lengths[first:last]
+            starts[first] += added
+            place = int(ends[last - 1])
+        if following is not None:
+            place = _skip(following, text, place)
+            starts[last], ends[last] = place, place + len(following)
+            place = int(ends[last])
+        first = last + 1
     if text[place:].strip():
         raise Unencodable(OTHER_BYTES)
     return starts, ends

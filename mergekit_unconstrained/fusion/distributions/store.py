@@ -121,8 +121,8 @@ class Store:
             partial.unlink(missing_ok=True)
             why = "the disk is full" if disk_full(error) else f"cannot write {part} ({error})"
             raise OutputError(
-                f"{why}, while storing the distributions of {self.header.model}: make room for "
-                f"{self.folder} and run the same command again; what is finished is kept"
+                f"{why}, while storing the distributions in {self.folder}: make room for it and "
+                "run the same command again; what is finished is kept"
             ) from error
         self._add(part)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ _OWNED = {
     "do_predict": "use the setting `eval_share`",
     "train_sampling_strategy": "the conversations of each step are sorted by length already",
     "length_column_name": "the conversations of each step are sorted by length already",
+    "hub_token": "a token does not belong into a file: set HF_TOKEN, or run `hf auth login`",
+    "push_to_hub_token": "a token does not belong into a file: set HF_TOKEN",
     "local_rank": "use the setting `processes`",
     "parallelism_config": "it would cut conversations apart: FSDP and DeepSpeed share out weights",
 }
@@ -68,6 +70,23 @@ def check_training_block(settings: FusionSettings) -> None:
                 f"settings: training.{key} is no argument of transformers' TrainingArguments. "
                 f"{suggest(key, known.keys() - _OWNED.keys())}"
             )
+    _check_pushes(settings.training)
+
+
+def _check_pushes(block: Mapping[str, Any]) -> None:
+    """Checkpoints on the Hub: transformers' own way, with a name of the user's."""
+    if not block.get("push_to_hub"):
+        return
+    if not isinstance(block.get("hub_model_id"), str):
+        raise RecipeError(
+            "settings: training.push_to_hub needs `hub_model_id: org/name` beside it: where the "
+            "checkpoints go while the model is trained"
+        )
+    if block.get("hub_strategy") == "end":
+        raise RecipeError(
+            "settings: training.hub_strategy cannot be `end`: the finished model is published by "
+            "the recipe's parameter `push_to_hub`; use every_save, checkpoint or all_checkpoints"
+        )
 
 
 def batch_shape(settings: FusionSettings, world: int) -> tuple[int, int]:
@@ -119,6 +138,7 @@ def training_arguments(
         "eval_steps": settings.save_steps if evaluate else None,
         "report_to": "none",
         "dataloader_pin_memory": not use_cpu,
+        "hub_private_repo": True if block.get("push_to_hub") else None,
     } | block
     if not evaluate:
         chosen["eval_strategy"] = "no"

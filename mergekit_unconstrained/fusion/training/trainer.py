@@ -6,6 +6,7 @@ activation checkpointing, peft, schedules, reporting, pushing along the way.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,14 +20,15 @@ import torch
 import transformers
 from torch.utils.data import Dataset, Sampler
 
-from mergekit_unconstrained.errors import NonFiniteError
+from mergekit_unconstrained.errors import NonFiniteError, RecipeError
 from mergekit_unconstrained.fusion.settings import FusionSettings
 from mergekit_unconstrained.fusion.training import losses
-from mergekit_unconstrained.fusion.training.checkpoints import mark_complete
+from mergekit_unconstrained.fusion.training.checkpoints import is_complete, mark_complete
 from mergekit_unconstrained.fusion.training.collate import Item, collate
 from mergekit_unconstrained.fusion.training.ordering import StepSampler, lengths_of
 
 Batch = dict[str, torch.Tensor]
+_log = logging.getLogger("mergekit_unconstrained")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,7 @@ class FusionTrainer(transformers.Trainer):
         self._sums = np.zeros(4)  # gold, fusion, response tokens, all tokens since the last log
         self._last_sums = torch.zeros(4)
         self._clock = time.perf_counter()
+        self._told: list[Any] = []  # background pushes that were looked at
 
     # -- loss ---------------------------------------------------------------------------------
 
@@ -249,8 +252,46 @@ class FusionTrainer(transformers.Trainer):
         with self._stopped_clock():
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save and not is_complete(checkpoint):
+                mark_complete(checkpoint)
+
+    # -- the Hub ------------------------------------------------------------------------------
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with one sentence where the Hub refuses."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:
+            raise RecipeError(
+                f"settings: training.push_to_hub: {self.args.hub_model_id} cannot be made on the "
+                f"Hub ({type(error).__name__}); `hf auth whoami` tells whether the token is right"
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._tell_failed_pushes()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:  # its last file: nothing changes while the rest is uploaded
+            mark_complete(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._tell_failed_pushes()
+
+    def _tell_failed_pushes(self) -> None:
+        """The Trainer drops what its background pushes raise: a warning, and training goes on."""
+        current = getattr(self, "push_in_progress", None)
+        for job in current.jobs if current is not None else ():
+            if job.done() and not job.cancelled() and job not in self._told:
+                self._told.append(job)
+                if (error := job.exception()) is not None:
+                    _log.warning(
+                        "a checkpoint was not pushed to %s (%s); training goes on, and the next "
+                        "checkpoint is pushed again",
+                        self.args.hub_model_id,
+                        type(error).__name__,
+                    )
 
     @contextmanager
     def _stopped_clock(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mergekit_unconstrained.engine.staging import disk_full
 from mergekit_unconstrained.errors import ModelError, OutputError
 from mergekit_unconstrained.fusion.records import Ints
 from mergekit_unconstrained.fusion.vocabulary import token_bytes
@@ -78,6 +79,13 @@ class ByteTable:
             fallback=fallback,
             segmenter=Segmenter(tokenizer.backend_tokenizer, spelling) if splits else None,
         )
+
+    @cached_property
+    def is_special(self) -> npt.NDArray[np.bool_]:
+        """[V] whether an id is special."""
+        found = np.zeros(len(self.pieces), dtype=np.bool_)
+        found[[i for i in self.special if i < len(found)]] = True
+        return found
 
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
@@ -149,6 +157,8 @@ class VocabularyMap:
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
+            if disk_full(error):  # the stage that is under way says what to do
+                raise
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
     @classmethod

@@ -1,0 +1,65 @@
+"""The cost of every tensor method beside mergekit's task_arithmetic (`make bench`).
+
+Prints a table and asserts nothing about time; one run of each. Parameters are those of the recipes
+in recipes/methods/, so iterative methods make all their steps: minutes to hours at 270M.
+MERGEKIT_UNCONSTRAINED_BENCH chooses the size (84M, 270M, tiny),
+MERGEKIT_UNCONSTRAINED_BENCH_METHODS some of the methods, with commas between.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import measure
+import pytest
+import yaml
+from measure import Usage, usage_of
+
+pytestmark = pytest.mark.bench
+
+SIZE = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH", "84M")
+CHOSEN = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_METHODS", "")
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "methods").glob("*.yml"))
+MERGEKIT_YAML = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
+
+
+def merge(folder: Path, recipe: dict[str, Any]) -> Usage:
+    """One `mergekit-yaml` in a process of its own."""
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    options = ["--quiet", "--no-write-model-card", "--no-copy-tokenizer"]
+    return usage_of([*MERGEKIT_YAML, "recipe.yml", "out", *options], folder=folder)
+
+
+def test_every_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MERGEKIT_UNCONSTRAINED_CACHE", str(tmp_path / "cache"))
+    base, experts = measure.random_llamas(tmp_path, SIZE, experts=2)
+    recipe: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "models": [{"model": str(e), "parameters": {"weight": 0.3}} for e in experts],
+    }
+    usual = merge(tmp_path, recipe)
+    with capsys.disabled():
+        print(f"\n{SIZE}, 2 experts and base, bf16; whole process, one run")
+        print(f"{'':16}{'CPU s':>9}{'MiB':>8}{'CPU':>8}{'MiB':>7}  times task_arithmetic's")
+        print(f"{'task_arithmetic':16}{usual.cpu_seconds:9.1f}{usual.peak_mib:8.0f}")
+        for path in RECIPES:
+            if CHOSEN and path.stem not in CHOSEN.split(","):
+                continue
+            own = yaml.safe_load(path.read_text())
+            models = [
+                {**model, "model": str(e)} for model, e in zip(own["models"], experts, strict=True)
+            ]
+            used = merge(tmp_path, {**own, "base_model": str(base), "models": models})
+            print(
+                f"{path.stem:16}{used.cpu_seconds:9.1f}{used.peak_mib:8.0f}"
+                f"{used.cpu_seconds / usual.cpu_seconds:8.1f}{used.peak_mib / usual.peak_mib:7.2f}",
+                flush=True,
+            )

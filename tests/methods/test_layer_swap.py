@@ -1,0 +1,70 @@
+"""`layer_swap`: which expert a layer comes from, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from whole_models import merged, read
+
+from mergekit_unconstrained.errors import RecipeError
+
+from mergekit.merge_methods import merge_tensors  # isort: skip
+
+Tiny = Any
+
+# (bottom, top, transition) -> of layers 0 to 3: Language, Task or the Average
+CASES = {
+    (1, 1, 0): "LTTL",
+    (1, 1, 1): "LAAL",
+    (0, 0, 0): "TTTT",
+    (0, 1, 1): "ATAL",
+    (2, 0, 1): "LLAA",
+    (3, 1, 0): "LLLL",
+    (1, 0, 0): "LTTT",
+}
+
+
+@pytest.mark.parametrize(("numbers", "layers"), CASES.items(), ids=map(str, CASES))
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_layer_comes_from_its_expert(
+    numbers: tuple[int, int, int], layers: str, turned: bool, tiny_models: Tiny, tmp_path: Path
+) -> None:
+    if turned and numbers != (1, 1, 0):
+        pytest.skip("once is enough")
+    experts = list(tiny_models.experts[:2])
+    language, task = reversed(experts) if turned else experts
+    parameters = dict(zip(("bottom", "top", "transition"), numbers, strict=True))
+    found = merged(tmp_path, "layer_swap", [tiny_models.base, language, task], parameters)
+    one, two = read(language), read(task)
+    for name, tensor in found.items():
+        part = layers[int(name.split(".")[2])] if name.startswith("model.layers.") else "L"
+        expected = {"L": one, "T": two}.get(part, {name: (one[name] + two[name]) / 2})
+        np.testing.assert_array_equal(tensor, expected[name].astype(np.float32), err_msg=name)
+
+
+@pytest.mark.parametrize("numbers", [(3, 2, 0), (1, 1, 2), (5, 0, 0)])
+def test_more_layers_than_there_are_is_an_error(
+    numbers: tuple[int, int, int], tiny_models: Tiny, tmp_path: Path
+) -> None:
+    parameters = dict(zip(("bottom", "top", "transition"), numbers, strict=True))
+    with pytest.raises(RecipeError, match="more than the 4 layers"):
+        merged(tmp_path, "layer_swap", [tiny_models.base, *tiny_models.experts[:2]], parameters)
+
+
+def test_one_expert_is_an_error_that_says_so(tiny_models: Tiny, tmp_path: Path) -> None:
+    models = [tiny_models.base, tiny_models.experts[0]]
+    with pytest.raises(RecipeError, match=r"at least 2 non-base inputs.*got 1"):
+        merged(tmp_path, "layer_swap", models, {"bottom": 1, "top": 1})
+
+
+def test_an_expert_far_from_the_base_arrives_bit_for_bit() -> None:
+    """T0 + (T1 - T0) would not give T1 back."""
+    base, expert = torch.full((3,), 1e8), torch.tensor([1e-8, 1.5, -3.0])
+    swapped = merge_tensors([base, expert, base], "layer_swap", base_index=0,
+                            name="model.layers.0.mlp.up_proj.weight",
+                            parameters={"bottom": 1, "top": 1})  # fmt: skip
+    assert torch.equal(swapped, expert)
