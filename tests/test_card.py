@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 import jinja2.nodes
@@ -18,6 +18,7 @@ from huggingface_hub import ModelCardData
 from markdown_it import MarkdownIt
 
 from mergekit_unconstrained.errors import UnconstrainedError
+from mergekit_unconstrained.fusion.settings import LossName, TargetName
 from mergekit_unconstrained.hub import card, markdown
 from mergekit_unconstrained.hub.card import (
     CardFacts,
@@ -34,7 +35,8 @@ from mergekit_unconstrained.hub.card import (
     to_json,
     write,
 )
-from mergekit_unconstrained.hub.facts import Fusion, Teacher, is_hub_id, unknowns, worse
+from mergekit_unconstrained.hub.facts import Fusion, Teacher, is_hub_id, unknowns
+from mergekit_unconstrained.hub.findings import worse
 from mergekit_unconstrained.numerics.operators import OPERATORS
 
 CARDS = Path(__file__).parent.parent / "model_cards"
@@ -210,6 +212,101 @@ def test_the_licence_is_folded_and_told(licences, license, name, tmp_path):
         terms = (tmp_path / "LICENSE.md").read_text(encoding="utf-8")
         assert "o/m0" in terms
         assert "not legal advice" in terms
+
+
+def test_why_it_is_this_licence_and_what_a_name_breaks_is_told():
+    llama = licensed("apache-2.0", "llama3.1")
+    section = render(llama).split("## Licence\n")[1].split("\n## ")[0]
+    assert "governs since it demands whatever Apache License 2.0 demands" in section
+    assert "does not begin with" in section
+    assert "Status: review." in section
+    for name in ("Llama-math", "o/Llama-3.1-math", "llama_math"):
+        renamed = dataclasses.replace(llama, title=name, repo_id=name if "/" in name else None)
+        assert "does not begin with" not in render(renamed)
+        assert renamed.verdict.status == "clear"
+    pushed = dataclasses.replace(llama, title="Llama-math", repo_id="o/math")
+    assert "'math' does not begin with" in " ".join(pushed.verdict.reasons)
+
+
+def test_a_fusion_explains_its_rules_with_their_papers():
+    pivot, source = Parent("pivot", Source("p")), Parent("source", Source("t"))
+    teachers = (Teacher("t", won=0.3), Teacher("u", weight=0.5, won=0.0))
+    known = Fusion(
+        "p", "d", 10, 2, teachers, {}, target="min_ce", loss="fused_ce", post_merge="sce_dense"
+    )
+    text = render(least(parents=(pivot, source), fusion=known))
+    for name, paper in (("min_ce", "2401.10491"), ("fused_ce", "2401.10491")):
+        assert re.search(rf"^- `{name}`: .*https://arxiv.org/abs/{paper}", text, re.M)
+    assert re.search(r"^- `sce_dense`: .*https://arxiv.org/abs/2408.07990", text, re.M)
+    assert "the rows do not add up" in text
+    assert "trained on this teacher's targets counts" in text
+    assert "token distributions of sources of any architecture" not in text
+    alone = dataclasses.replace(known, target="avg_ce", post_merge="", teachers=(Teacher("t"),))
+    text = render(least(parents=(pivot, source), fusion=alone))
+    assert "Conversations won" not in text
+    assert "Weight: of no effect" in text
+
+
+@pytest.mark.parametrize("name", [*get_args(TargetName), *get_args(LossName)])
+def test_every_target_rule_and_loss_is_explained(name):
+    parents = (Parent("pivot", Source("p")), Parent("source", Source("t")))
+    named = {"target" if name in get_args(TargetName) else "loss": name}
+    fusion = Fusion("p", "d", 10, 2, (Teacher("t"),), {}, **named)
+    assert f"- `{name}`: " in render(least(parents=parents, fusion=fusion))
+
+
+@pytest.mark.parametrize(
+    ("weight", "more", "words"),
+    [
+        ("0.5", "", "combined with weights chosen for every expert"),
+        ("0.1 to 0.9, by layer", "", "weights chosen for every layer of every expert"),
+        ("0.1 to 0.9, by kind", "", "weights chosen for every kind of tensor of every expert"),
+        ("0.1 to 0.9, by layer and kind", "", "for every layer and kind of tensor of every expert"),
+        ("0.5", "density: 0.2", "combined with weights and densities chosen"),
+    ],
+)
+def test_the_method_is_what_was_done_in_this_model(weight, more, words):
+    parents = (Parent("base", Source("b")), Parent("expert", Source("x"), weight=weight))
+    method = Method("layerwise", "Layer-wise merging", "any of ten operators", operator="ties")
+    text = render(least(parents=parents, method=method, coefficients=f"layers: 1\n{more}"))
+    assert words in text
+    assert "ten operators" not in text
+
+
+def test_a_stranger_is_told_what_reproducing_needs():
+    said = "a stranger cannot do that without `base` and `math`"
+    assert said in render(least(provenance=True))
+    assert "stranger" not in render(licensed("mit", provenance=True))
+
+
+def test_a_table_on_a_card_has_all_the_digits():
+    """What is merged from the card's own text is what was merged, to the last bit."""
+    weight = 0.1 + 0.2  # 0.30000000000000004
+    table = f"layers: 1\nexperts:\n  x: {{default: {weight!r}}}\n"
+    text = render(least(coefficients=table))
+    (shown,) = [t.content for t in tokens(text) if t.type == "fence" and "experts:" in t.content]
+    assert yaml.safe_load(shown)["experts"]["x"]["default"] == weight
+    assert "with all their digits" in text
+
+
+def test_underscores_within_words_show_no_backslash():
+    assert markdown.md("x86_64 and fused_ce") == "x86_64 and fused_ce"
+    assert markdown.md("_em_ a__b _") == "\\_em\\_ a\\_\\_b \\_"
+
+
+def test_sources_of_one_origin_share_a_sentence():
+    def source(name: str) -> Source:
+        return Source(name, made_from=("org/base",), licence="mit")
+
+    experts = (Parent("expert", source("x")), Parent("expert", source("y"), weight="0.5"))
+    known = least(parents=(Parent("base", source("base")), *experts))
+    said = " ".join(unknowns(known))
+    assert "base declares itself to be org/base or made from it." in said
+    assert "x and y declare themselves to be made from org/base." in said
+    assert said.count("org/base") == 2
+    assert "On which data the coefficients were chosen" in said
+    chosen = dataclasses.replace(known, data=(DataSet("d", "choosing and testing", licence="mit"),))
+    assert "On which data" not in " ".join(unknowns(chosen))
 
 
 def test_teachers_and_data_are_in_the_licence_and_no_base_models():

@@ -12,6 +12,7 @@ from mergekit_unconstrained.hub.licences import (
     STATUSES,
     Verdict,
     distillation,
+    named,
     told,
     verdict,
 )
@@ -186,9 +187,12 @@ def test_teachers_count(parent, teacher, effective, status, said):
     assert (found.effective, found.status) == (effective, status)
     assert said in " ".join(found.reasons)
     if teacher == "gemma":
-        assert any("trained on its outputs" in duty for duty in found.duties)
+        assert any("trained on its outputs" in ground for ground in found.grounds)
+        assert not any("trained on its outputs" in duty for duty in found.duties)
     if teacher == "llama3.1":
-        assert any('"Llama"' in duty for duty in found.duties)
+        duties = " ".join(found.duties)
+        for words in ('begin with "Llama"', "Built with Llama", "Pass on the agreement"):
+            assert words.lower() in duties.lower().replace("begin the name of the result", "begin")
 
 
 def test_a_teacher_that_may_only_improve_its_own_kind_needs_all_parents_to_be_of_it():
@@ -214,6 +218,41 @@ def test_a_verdict_is_told_with_its_reasons_duties_and_limits():
     assert any(line.startswith("- duty: ") for line in lines)
     assert lines[-1] == NOT_LEGAL_ADVICE
     assert "not legal advice" in NOT_LEGAL_ADVICE
+
+
+@pytest.mark.parametrize(
+    ("licence", "name", "kept"),
+    [
+        ("llama3.1", "Llama-3.1-math", True),
+        ("llama3.1", "llama_math", True),
+        ("llama3.1", "math-Llama", False),
+        ("llama3", "Llama-3-math", True),
+        ("llama3", "Llama-math", False),
+        ("llama2", "math", True),
+        ("mit", "math", True),
+    ],
+)
+def test_a_name_that_breaks_a_duty_needs_a_look(licence, name, kept):
+    for found in (fold(licence), fold(licence, "gemma"), fold(licence, "cc-by-nd-4.0")):
+        renamed = named(found, name)
+        assert (renamed == found) == kept
+        if not kept:
+            assert STATUSES.index(renamed.status) >= STATUSES.index("review")
+            assert rank(renamed) >= rank(found)
+            assert name in " ".join(renamed.reasons)
+    taught = verdict([("p", "mit")], [("t", licence)])
+    assert (named(taught, name) == taught) == (kept or licence == "llama3")  # that one conflicts
+
+
+def test_it_is_said_why_it_is_this_licence():
+    assert fold("mit").grounds == (
+        "Every model whose terms bind this one is under the MIT licence.",
+    )
+    (ground,) = fold("mit", "gemma").grounds
+    assert ground.startswith("Gemma Terms of Use governs since it demands whatever the MIT licence")
+    (ground,) = fold("lgpl-2.1", "lgpl-3.0").grounds
+    assert "GNU LGPL 2.1 and GNU LGPL 3.0 demand, and is the licence that they name" in ground
+    assert fold("mit", None).grounds == fold("gpl-3.0", "gemma").grounds == ()
 
 
 def test_a_model_without_parents_has_no_licence():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,30 @@ def test_a_card_is_made_again_from_the_folder_alone(here: Path) -> None:
     assert Path("moved/README.md").read_text() == before
     assert Path("moved/provenance.json").read_bytes() == kept
     assert "not legal advice" in said(result)
+
+
+def test_the_recipe_and_table_on_a_card_give_the_same_weights(here: Path) -> None:
+    """Nothing is rounded on the way to the card: what is copied from it is what was merged."""
+    table = Path("table.yml")
+    odd = {"expert1": {"default": 0.1 + 0.2}, "expert2": {"default": 1 / 3}}
+    table.write_text(yaml.safe_dump({"layers": 4, "experts": odd}))
+    made = run("yaml", "recipe.yml", "exact", "--quiet")
+    assert made.exit_code == 0, made.output
+    card = Path("exact/README.md").read_text()
+    found = re.findall(r"^```yaml\n(.*?)^```$", card, re.M | re.S)
+    coefficients, recipe = found
+    assert "0.30000000000000004" in coefficients
+    Path("copied").mkdir()
+    Path("copied/coefficients.yml").write_text(coefficients)
+    Path("copied/mergekit_config.yml").write_text(recipe)
+    for model in Path("models").iterdir():
+        shutil.copytree(model, Path("copied/models") / model.name)
+    shutil.copytree("models/base", "copied/base")
+    os.chdir("copied")
+    again = run("yaml", "mergekit_config.yml", "again", "--quiet")
+    assert again.exit_code == 0, again.output
+    (shown,) = re.findall(r"^([0-9a-f]{64})  model.safetensors$", card, re.M)
+    assert sha256(Path("again/model.safetensors")) == shown
 
 
 def test_a_card_learns_where_its_model_is(here: Path) -> None:

@@ -77,6 +77,11 @@ def paired_bootstrap(
     return Interval(float(difference.mean()), float(low), float(high))
 
 
+def paired_error(first: Sequence[float], second: Sequence[float]) -> float:
+    """Standard error of the mean difference of two models' values on the same examples."""
+    return mean_and_error(_differences(first, second).tolist()).error
+
+
 def paired_p(
     first: Sequence[float], second: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 ) -> float:

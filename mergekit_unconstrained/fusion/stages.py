@@ -236,7 +236,7 @@ def _scores(store: Store, data: Stage) -> dict[str, Any]:
     held_out = {c.row for c in load_prepared(data.folder)[1]}
     parts = {
         "train": score(r for r in store if r.row not in held_out),
-        "held_out": score(r for r in store if r.row in held_out),
+        "held_out": score((r for r in store if r.row in held_out), parts=True),
     }
     tokens = sum(len(r.tokens) for r in store)
     return {"tokens": tokens} | {k: vars(v) if v is not None else None for k, v in parts.items()}
@@ -328,7 +328,7 @@ def held_out_score(run: Run, data: Stage, model: LocalModel, *, keep: bool = Tru
             total = int(data.results["held_out"])
             with run.progress(f"held-out score of {model.name}", total) as advance:
                 collect_in(job, 1, advance)
-            measured = score(Store(job.store))
+            measured = score(Store(job.store), parts=True)
             assert measured is not None
             results["held_out"] = vars(measured)
     found = Score(**stage.results["held_out"])

@@ -29,11 +29,10 @@ from mergekit_unconstrained.hub.facts import (
     from_json,
     is_hub_id,
     listed,
-    reading,
     to_json,
     unknowns,
-    worse,
 )
+from mergekit_unconstrained.hub.findings import finding, reading, worse
 from mergekit_unconstrained.hub.licence_rules import RULES
 from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE, Verdict
 from mergekit_unconstrained.hub.names import display_name, sanitise_paths
@@ -67,13 +66,39 @@ def render(facts: CardFacts, template: Path | None = None) -> str:
         "facts": facts,
         "front_matter": front_matter(facts),
         "verdict": facts.verdict,
+        "finding": finding(facts),
         "reading": reading(facts),
         "worse": worse(facts),
         "unknowns": unknowns(facts),
+        "told_method": told_method(facts),
+        "varies": varies(facts),
         "disclaimer": NOT_LEGAL_ADVICE,
     }
     # However many optional parts are missing, paragraphs are one empty line apart.
     return _outside_code(_filled(template or resource(TEMPLATE), known)).strip() + "\n"
+
+
+def varies(facts: CardFacts) -> str:
+    """By what the weights differ: `layer`, `kind of tensor`, both, or nothing at all."""
+    words = {word for p in facts.experts for word in p.weight.partition(", by ")[2].split(" and ")}
+    shown = [("layer", "layer"), ("kind", "kind of tensor")]
+    return " and ".join(name for word, name in shown if word in words)
+
+
+def told_method(facts: CardFacts) -> str:
+    """What the method did in this model; the catalogue's words where it has no choices."""
+    if facts.fusion is not None:
+        teachers = listed([teacher.name for teacher in facts.fusion.teachers])
+        return (
+            f"what {teachers} say of the next token, position by position, is the target towards "
+            f"which {facts.fusion.pivot} was fine-tuned on {facts.fusion.dataset}"
+        )
+    if facts.method.operator is None or not any(p.weight for p in facts.experts):
+        return facts.method.summary
+    thinned = re.search(r"\bdensity\b", f"{facts.recipe}\n{facts.coefficients or ''}")
+    numbers = "weights and densities" if thinned else "weights"
+    what = f"{varies(facts)} of every expert" if varies(facts) else "expert"
+    return f"the experts' task vectors, combined with {numbers} chosen for every {what}"
 
 
 def terms(facts: CardFacts) -> str | None:

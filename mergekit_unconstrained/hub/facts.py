@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import ConfigDict, TypeAdapter
 
-from mergekit_unconstrained.hub.licences import Verdict, verdict
+from mergekit_unconstrained.hub.licences import Verdict, named, verdict
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -116,7 +115,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Score:
-    """One result of an evaluation; stderr and n None where they are not known."""
+    """One result of an evaluation; stderr and n None where they are not known.
+
+    paired: standard error of this model's difference to it, over the same examples; None where the
+    scores of single examples were not at hand.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -126,6 +129,7 @@ class Score:
     value: float
     stderr: float | None = None
     n: int | None = None
+    paired: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Fusion:
-    """How the pivot was trained. left_out: rows by reason. training: settings as shown."""
+    """How the pivot was trained. left_out: rows by reason. training: settings as shown.
+
+    target, loss, post_merge: their names in the settings; the last is empty where there was one
+    target model. pairwise: a target model for each teacher. pivot_competes: its own distributions
+    may be the target as well.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -173,6 +182,11 @@ class Fusion:
     curves: str | None = None
     groups: tuple[Group, ...] = ()
     settings_name: str = "fuse.yml"
+    target: str = ""
+    loss: str = ""
+    post_merge: str = ""
+    pairwise: bool = True
+    pivot_competes: bool = True
 
 
 @dataclass(frozen=True)
@@ -258,16 +272,21 @@ class CardFacts:
 
     @property
     def verdict(self) -> Verdict:
-        """What is to be said of the licence."""
-        return verdict(
+        """What is to be said of the licence, under the name that this model has."""
+        found = verdict(
             _licences(self.merged),
             _licences(self.teachers),
             [(d.name, d.licence) for d in self.data if d.role == TRAINED_ON],
         )
+        return named(found, (self.repo_id or self.title).rpartition("/")[2])
 
 
 TRAINED_ON = "training"
 """The role of data that a model learned from."""
+CHOSEN_ON = "choosing and testing"
+"""The role of data on which numbers of the recipe were chosen, and the result tested."""
+TESTED_ON = "testing"
+"""The role of data of which nothing but the evaluation is."""
 
 
 def _sources(parents: Sequence[Parent]) -> tuple[Source, ...]:
@@ -303,15 +322,24 @@ def unknowns(facts: CardFacts) -> tuple[str, ...]:
     found = []
     if local:
         found.append(
-            f"Where the files of {listed(local)} came from: they were read from a local folder. "
-            f"Their checksums are above.{_declared(sources)}"
+            f"Where the files of {listed(local)} came from: they were read from local folders of "
+            f"whoever made this model. Their checksums are above.{_declared(sources)}"
         )
     if unpinned:
         found.append(f"Which commit of {listed(unpinned)} was read.")
     if unlicensed:
         found.append(f"The licence of {listed(unlicensed)}, and so the licence of this model.")
     if local_data:
-        found.append(f"Where the data {listed(local_data)} came from: it was read from this disk.")
+        found.append(
+            f"Where the data {listed(local_data)} came from: it was a local file of whoever made "
+            "this model."
+        )
+    weighted = facts.fusion is None and any(expert.weight for expert in facts.experts)
+    if weighted and not any(d.role == CHOSEN_ON for d in facts.data):
+        found.append(
+            "On which data the coefficients were chosen, if on any, and under which licence that "
+            "is: only the author's comments could tell."
+        )
     unlicensed = [d.name for d in facts.data if not d.licence and d.rows]
     if unlicensed:
         found.append(f"The licence of the data {listed(unlicensed)}.")
@@ -324,54 +352,24 @@ def unknowns(facts: CardFacts) -> tuple[str, ...]:
 
 
 def _declared(sources: Sequence[Source]) -> str:
-    """What the cards of local folders say of their origin."""
-    return "".join(
-        f" The card of {s.name} says that it was made from {listed(s.made_from)}."
-        for s in sources
-        if s.hub_id is None and s.made_from
-    )
-
-
-def reading(facts: CardFacts) -> tuple[str, ...]:
-    """How the units of the evaluation are read."""
-    metrics = {score.metric for score in facts.evaluation}
-    found = [f"Of {m}, less is better." for m in LOWER_IS_BETTER if m in metrics]
-    if any(metric.startswith("nats") for metric in metrics):
-        found.append("Nats are log-likelihoods: nearer to zero is better.")
-    return tuple(found)
-
-
-def worse(facts: CardFacts) -> tuple[str, ...]:
-    """What this model is worse at than another one in its evaluation, in sentences.
-
-    The distance is in standard errors of the difference, as of independent samples.
-    """
-    found = []
-    for own in facts.evaluation:
-        if own.model != THIS_MODEL:
-            continue
-        others = [s for s in facts.evaluation if _same_question(s, own) and s is not own]
-        sign = -1.0 if own.metric in LOWER_IS_BETTER else 1.0
-        for other in sorted(others, key=lambda s: -sign * s.value):
-            gap = sign * (other.value - own.value)
-            if gap <= 0:
-                continue
-            said = f"{own.task}: {own.value:.4g} {own.metric} against {other.value:.4g} of "
-            said += other.model
-            error = math.hypot(own.stderr or 0.0, other.stderr or 0.0)
-            if error:
-                said += f", {gap / error:.1f} standard errors worse"
-                said += " (may be chance)" if gap < 2 * error else ""
-            found.append(said + ".")
-    return tuple(found)
+    """What the cards of local folders say of their origin, once for those of the same one."""
+    said: dict[tuple[str, ...], list[str]] = {}
+    for source in sources:
+        if source.hub_id is None and source.made_from:
+            said.setdefault(source.made_from, []).append(source.name)
+    found = ""
+    for origins, names in said.items():
+        copies = [n for n in names if [n] == [origin.rpartition("/")[2] for origin in origins]]
+        made = [n for n in names if n not in copies]
+        if copies:
+            found += f" {listed(copies)} declares itself to be {listed(origins)} or made from it."
+        if made:
+            declare = "declares itself" if len(made) == 1 else "declare themselves"
+            found += f" {listed(made)} {declare} to be made from {listed(origins)}."
+    return found
 
 
 THIS_MODEL = "this model"
-LOWER_IS_BETTER = ("bits per byte", "perplexity")
-
-
-def _same_question(one: Score, two: Score) -> bool:
-    return (one.task, one.metric) == (two.task, two.metric)
 
 
 def listed(words: Sequence[str]) -> str:

@@ -13,12 +13,13 @@ from mergekit_unconstrained.hub.facts import CardFacts
 from mergekit_unconstrained.hub.provenance import WEIGHTS, Provenance
 
 BY_HAND = (
-    "The numbers of the recipe were written by its author; this program searched for none. What "
-    "the author says of them is in the comments of the recipe and of the table, if anything."
+    "The numbers of the recipe were written by its author: no search of this program chose them; "
+    "the author's comments below say how they were found, if anything does."
 )
 FUSED_BY_HAND = (
-    "The settings are the recipe's own; this program searched for none. The held-out conversations "
-    "were not trained on."
+    "The settings are the recipe's own: no search of this program chose them; the author's "
+    "comments below say how they were found, if anything does. The held-out conversations were not "
+    "trained on."
 )
 
 
@@ -51,7 +52,7 @@ def card_facts(folder: Path, known: Provenance | None = None) -> CardFacts:
         evaluation=results.scores_in(folder),
         evaluated_on=_evaluated_on(folder),
         fusion=known.fusion,
-        data=known.data,
+        data=(*known.data, *results.data_in(folder)),
         chosen=_chosen(folder, known),
         report="report.md" if (folder / "report.md").is_file() else None,
         quantised=known.quantised,

@@ -15,7 +15,7 @@ from mergekit_unconstrained.engine.digest import BackgroundDigests, sha256
 from mergekit_unconstrained.fusion.data.prepared import dataset_identity
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, MergedGroup
 from mergekit_unconstrained.fusion.plan import parameters_by_model as plan_parameters
-from mergekit_unconstrained.fusion.scores import Score
+from mergekit_unconstrained.fusion.scores import Score, paired_error
 from mergekit_unconstrained.fusion.settings import settings_text
 from mergekit_unconstrained.fusion.workdir import Stage, read_manifest
 from mergekit_unconstrained.hub import card, curves, facts, licences, machine, provenance, sources
@@ -101,7 +101,19 @@ def _facts(made: Stages, scores: Mapping[str, Score]) -> dict[str, Any]:
     found: dict[str, Any] = {"data": _public(made.data.results)}
     for kind, stages in kinds.items():
         found[kind] = {name: _public(stage.results) for name, stage in stages.items()}
-    found["held_out_bits_per_byte"] = {name: vars(score) for name, score in scores.items()}
+    found["held_out_bits_per_byte"] = _measured(scores)
+    return found
+
+
+def _measured(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
+    """Every model's score, with the standard error of this model's difference to it."""
+    own = scores.get(facts.THIS_MODEL)
+    found = {}
+    for name, score in scores.items():
+        found[name] = {k: v for k, v in vars(score).items() if k != "parts"}
+        paired = paired_error(own, score) if own is not None and own is not score else None
+        if paired is not None:
+            found[name]["paired"] = paired
     return found
 
 
@@ -109,7 +121,10 @@ def _public(results: Mapping[str, Any]) -> dict[str, Any]:
     """Results without what only this machine understands, and without its clock's."""
     hidden = ("feed", "report", "summary", "folder", "model")
     timed = ("tokens_per_second", "outside_forward")
-    return {k: v for k, v in results.items() if k not in (*hidden, *timed)}
+    shown = {k: v for k, v in results.items() if k not in (*hidden, *timed)}
+    if isinstance(held_out := shown.get("held_out"), Mapping):
+        shown["held_out"] = {k: v for k, v in held_out.items() if k != "parts"}
+    return shown
 
 
 def _provenance(
@@ -170,6 +185,11 @@ def _fusion(
         curves=CURVES if (folder / CURVES).exists() else None,
         groups=tuple(_group(g) for g in plan.groups),
         settings_name=SETTINGS,
+        target=plan.settings.target,
+        loss=plan.settings.loss,
+        post_merge=plan.settings.post_merge if len(made.trained) > 1 else "",
+        pairwise=plan.settings.pairing == "pairwise",
+        pivot_competes=plan.settings.include_pivot,
     )
 
 
@@ -224,7 +244,8 @@ def licence_warnings(plan: FusionPlan) -> tuple[str, ...]:
 def _teacher(member: Member, made: Stages, licence: str | None) -> facts.Teacher:
     alignment = made.alignments[member.name].results
     shares: list[dict[str, float]] = [stage.results["won"] for stage in made.targets.values()]
-    won = next((s for s in shares if member.name in s), {})
+    # Of a mixture nobody wins anything.
+    won = next((s for s in shares if member.name in s and "mixture" not in s), {})
     return facts.Teacher(
         name=member.name,
         licence=licence,

@@ -16,8 +16,8 @@ from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE, Verdict, told
 ANSWERED = "say --i-checked-the-licences when you know that it may be public"
 
 
-def check_gate(folder: Path, checked: bool) -> None:
-    """HubError where a folder may not be published openly. checked: the user looked."""
+def check_gate(folder: Path, checked: bool, repo_id: str) -> None:
+    """HubError where a folder may not be published openly as repo_id. checked: the user looked."""
     if not (folder / provenance.FILE).is_file():
         if not checked:
             raise HubError(
@@ -31,14 +31,19 @@ def check_gate(folder: Path, checked: bool) -> None:
             f"{folder / provenance.FILE} was changed after it was written, so what it says of "
             f"licences cannot be relied on: publish it privately, or {ANSWERED}"
         )
-    refuse(card_facts(folder, known).verdict, checked)
+    refuse(_verdict(folder, known, repo_id), checked)
 
 
-def licence_lines(folder: Path) -> tuple[str, ...]:
-    """What is known of the licences, for a terminal."""
+def licence_lines(folder: Path, repo_id: str) -> tuple[str, ...]:
+    """What is known of the licences of a folder that gets this name, for a terminal."""
     if not (folder / provenance.FILE).is_file():
         return (f"nothing is known of the licences: there is no {provenance.FILE}",)
-    return told(card_facts(folder).verdict)
+    return told(_verdict(folder, provenance.load(folder), repo_id))
+
+
+def _verdict(folder: Path, known: provenance.Provenance, repo_id: str) -> Verdict:
+    """Of a result under the name that it is pushed to, which a licence may want to begin so."""
+    return card_facts(folder, known.model_copy(update={"repo_id": repo_id})).verdict
 
 
 def refuse(found: Verdict, checked: bool) -> None:

@@ -76,6 +76,7 @@ class Rule:
 
     compatible: licences under which a derivative may be published instead. against: licences whose
     works cannot be part of a derivative under this one, although the families would allow it.
+    beginning: what the name of the result has to begin with, where the licence asks for that.
     """
 
     id: str
@@ -86,6 +87,7 @@ class Rule:
     duties: tuple[str, ...] = ()
     compatible: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
+    beginning: str = ""
 
     @property
     def demands(self) -> frozenset[str]:
@@ -378,6 +380,7 @@ _RULES = [
             'Show "Built with Meta Llama 3" where the result is offered ({name}).',
             'Begin the name of the result with "Llama 3" ({name}).',
         ),
+        beginning="Llama 3",
     ),
     *(
         Rule(
@@ -387,6 +390,7 @@ _RULES = [
             _LLAMA.format(f"llama{v.replace('.', '_')}"),
             "named",
             duties=(_BUILT, _NAMED),
+            beginning="Llama",
         )
         for v in ("3.1", "3.2", "3.3", "4")
     ),

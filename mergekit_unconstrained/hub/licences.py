@@ -11,8 +11,9 @@ matter, and one more of them never makes the verdict milder:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mergekit_unconstrained.hub.licence_rules import RULES, WITHOUT_RULE, Rule
@@ -25,6 +26,7 @@ __all__ = [
     "Status",
     "Verdict",
     "distillation",
+    "named",
     "told",
     "verdict",
 ]
@@ -46,7 +48,8 @@ class Verdict:
 
     effective: the Hub's short name, or `other`. name: for people, and the Hub's `license_name`
     where effective is `other`. link: the text; None where there is no single one. duties: of
-    whoever publishes the result. reasons: why the status is not `clear`.
+    whoever publishes the result. reasons: why the status is not `clear`. grounds: why it is this
+    licence. beginnings: what the result's name has to begin with, and the licence that asks for it.
     """
 
     effective: str
@@ -55,6 +58,8 @@ class Verdict:
     status: Status
     duties: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
+    grounds: tuple[str, ...] = ()
+    beginnings: tuple[tuple[str, str], ...] = ()
 
     @property
     def may_be_public(self) -> bool:
@@ -77,11 +82,33 @@ def verdict(
     return fold.verdict()
 
 
+def named(found: Verdict, name: str) -> Verdict:
+    """A verdict for a result of this name: one that breaks a duty to be named needs a look.
+
+    Case, spaces and punctuation do not count, as the Hub's names have no spaces.
+    """
+    broken = tuple(
+        f'The name {name!r} does not begin with "{beginning}", as {licence} asks: choose another '
+        "name to publish it under."
+        for beginning, licence in found.beginnings
+        if not _letters(name).startswith(_letters(beginning))
+    )
+    if not broken:
+        return found
+    status = max(found.status, "review", key=STATUSES.index)
+    return replace(found, status=status, reasons=tuple(sorted((*found.reasons, *broken))))
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).casefold()
+
+
 def told(found: Verdict) -> tuple[str, ...]:
     """Lines for a terminal: the licence, why it needs a look, what is to be done."""
     licence = found.name if found.effective == "other" else f"{found.name} ({found.effective})"
     return (
         f"licence of the result: {licence}; status: {found.status}",
+        *(f"- {ground}" for ground in found.grounds),
         *(f"- {reason}" for reason in found.reasons),
         *(f"- duty: {duty}" for duty in found.duties),
         NOT_LEGAL_ADVICE,
@@ -126,6 +153,8 @@ class _Fold:
         self.status: Status = "clear"
         self.reasons: set[str] = set()
         self.duties: set[str] = set()
+        self.following: set[str] = set()
+        self.beginnings: set[tuple[str, str]] = set()
         self.parents = {_normal(licence) for _, licence in parents}
         for name, licence in parents:
             self._parent(name, licence)
@@ -140,10 +169,15 @@ class _Fold:
         reason = _LEARNING[rule.outputs].format(model=name, name=rule.name)
         if rule.outputs == "derivative":
             self.binding.add(rule)
-            self.duties.add(reason)
-        elif rule.outputs == "named":
+            self.following.add(reason)
+        elif rule.outputs == "named":  # its other duties hold "also"
             self._raise("review", reason)
-            self.duties |= set(rule.all_duties[-2:])
+            self.duties |= set(rule.all_duties)
+            self.beginnings.add((rule.beginning, rule.name))
+            self.following.add(
+                f"{rule.name}, the licence of {name}, puts duties on a model trained on its "
+                "outputs, but does not say that it stands under this licence."
+            )
         elif rule.outputs == "unclear":
             strict = rule.family == "no derivatives"
             self._raise("conflict" if strict else "review", reason)
@@ -170,7 +204,15 @@ class _Fold:
             self._why_none()
         under = self.binding | ({chosen} if chosen is not None else set())
         duties = self.duties | {duty for rule in under for duty in rule.all_duties}
-        done = (self.status, tuple(sorted(duties)), tuple(sorted(self.reasons)))
+        grounds = (*sorted(self.following), *self._why(chosen))
+        beginnings = self.beginnings | {(r.beginning, r.name) for r in under if r.beginning}
+        done = (
+            self.status,
+            tuple(sorted(duties)),
+            tuple(sorted(self.reasons)),
+            grounds,
+            tuple(sorted(beginnings)),
+        )
         if chosen is not None and not self.unknown:
             return Verdict(chosen.id, chosen.name, chosen.link, *done)
         names = sorted(rule.id for rule in self.binding if rule.demands)
@@ -191,6 +233,19 @@ class _Fold:
     def _raise(self, status: Status, reason: str) -> None:
         self.status = max(self.status, status, key=STATUSES.index)
         self.reasons.add(reason)
+
+    def _why(self, chosen: Rule | None) -> tuple[str, ...]:
+        """Why the result stands under this licence rather than another one's."""
+        if chosen is None or self.unknown:
+            return ()
+        others = sorted(rule.name for rule in self.binding if rule != chosen)
+        if not others:
+            return (f"Every model whose terms bind this one is under {chosen.name}.",)
+        said = f"{chosen.name} governs since it demands whatever {_listed(others)} "
+        said += "demands" if len(others) == 1 else "demand"
+        if chosen not in self.binding:
+            said += ", and is the licence that they name for what is made from both"
+        return (f"{said}; the duties of every one are below.",)
 
     def _why_none(self) -> None:
         rules = sorted(self.binding, key=lambda rule: rule.id)
@@ -241,5 +296,9 @@ def _said(licence: str | None) -> str:
     return f" (declared as {licence!r})" if licence else ""
 
 
-def _unique(named: Iterable[Named]) -> list[Named]:
-    return list(dict.fromkeys(named))
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _unique(models: Iterable[Named]) -> list[Named]:
+    return list(dict.fromkeys(models))

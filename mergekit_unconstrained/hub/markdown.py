@@ -12,7 +12,9 @@ import re
 _URL = re.compile(r"https?://[^\s<>()\[\]\\\"'`|]+", re.ASCII)
 _PLAIN_CODE = re.compile(r"[\w .,:;@/+=()%-]+")
 _ENTITIES = {ord(c): f"&#{ord(c)};" for c in "&<>|$\\`[]{}#"}
-_BACKSLASHED = {ord(c): f"\\{c}" for c in "*_~"}
+_BACKSLASHED = {ord(c): f"\\{c}" for c in "*~"}
+_EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
+"""Underscores that may open or close emphasis; within a word they are text."""
 _BIDI = dict.fromkeys([0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
 
 
@@ -32,7 +34,8 @@ def one_line(text: object) -> str:
 
 def md(text: object) -> str:
     """Text for a heading, a sentence, a list or a table cell."""
-    escaped = one_line(text).translate(_ENTITIES | _BACKSLASHED)
+    line = _EMPHASIS.sub(lambda _: "\0", one_line(text))  # visible text holds no such character
+    escaped = line.translate(_ENTITIES | _BACKSLASHED | {0: "\\_"})
     # At the start of a line these would begin a list or draw a rule: "- x", "1. x", "---".
     escaped = re.sub(r"^[-+](?=[ -]|$)", lambda match: f"&#{ord(match[0])};", escaped)
     return re.sub(r"^(\d+)([.)])(?= |$)", lambda match: f"{match[1]}&#{ord(match[2])};", escaped)

@@ -105,12 +105,12 @@ def push(
     files = local_files(folder)
     refuse_secrets(files, _token(hub.api))
     if not private:
-        check_gate(folder, checked_licences)
+        check_gate(folder, checked_licences, repo_id)
     access = check_access(
         repo_id, private=private, tag=tag, pr=pr, api=hub.api, patience=hub.patience
     )
     if private and not access.private:  # a pull request on a public one is public as well
-        check_gate(folder, checked_licences)
+        check_gate(folder, checked_licences, repo_id)
     if not pr:
         publication.address(folder, access.repo_id, tag)
         files = local_files(folder)
@@ -172,13 +172,13 @@ def look(
     files = local_files(folder)
     refuse_secrets(files, _token(hub.api))
     if not private:
-        check_gate(folder, checked)
+        check_gate(folder, checked, repo_id)
     access = check_access(
         repo_id, private=private, tag=tag, pr=pr, create=False, api=hub.api, patience=hub.patience
     )
     if private and not access.private:
-        check_gate(folder, checked)
-    return access, files, licence_lines(folder)
+        check_gate(folder, checked, repo_id)
+    return access, files, licence_lines(folder, repo_id)
 
 
 # -- sending ---------------------------------------------------------------------------------------

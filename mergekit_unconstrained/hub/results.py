@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 from mergekit_unconstrained.config.table import short_name
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.errors import DataError
-from mergekit_unconstrained.hub.facts import THIS_MODEL, Score
+from mergekit_unconstrained.hub.facts import TESTED_ON, THIS_MODEL, DataSet, Score
 from mergekit_unconstrained.hub.names import display_name
 
 SEARCH, FUSION, SCORES = "report.json", "fusion.json", "scores.json"
+WIDTH = 2 * statistics.NormalDist().inv_cdf(0.975)
+"""Standard errors in the width of an interval of 95 %, which report.json has of differences."""
 HELD_OUT = ("held-out responses", "bits per byte")
 
 
@@ -38,6 +41,28 @@ def scores_in(folder: Path) -> tuple[Score, ...]:
                 f"({type(error).__name__}: {error}); restore it, or remove it"
             ) from None
     return tuple(found)
+
+
+def data_in(folder: Path) -> tuple[DataSet, ...]:
+    """The data that nothing but `evaluate` used; none where scores.json does not name them."""
+    report = report_in(folder, SCORES) or {}
+    try:
+        return tuple(
+            DataSet(
+                name=str(one["name"]),
+                role=TESTED_ON,
+                sha256=str(one["sha256"]),
+                hashed=str(one["hashed"]),
+                licence=None if one["licence"] is None else str(one["licence"]),
+                rows={str(report["split"]): int(one["n"])},
+            )
+            for one in report.get("data", {}).values()
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"{folder / SCORES} is not the report that this program writes "
+            f"({type(error).__name__}: {error}); restore it, or remove it"
+        ) from None
 
 
 def report_in(folder: Path, name: str) -> dict[str, Any] | None:
@@ -70,6 +95,9 @@ def bring_scores(
         named = _public(list(report["models"]), folder, parents, repo_id)
         models = {named[model]: found for model, found in report["models"].items()}
         kept = {"split": report["split"], "tasks": report["tasks"], "models": models}
+        if isinstance(report.get("data"), dict):
+            kept["data"] = report["data"]
+        kept["paired"] = _paired(report, named)
         _scores(kept)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{file} is no file of `evaluate --out` ({error!r})") from None
@@ -80,6 +108,15 @@ def bring_scores(
         )
     with replacing(folder / SCORES) as stream:
         stream.write((json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _paired(report: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """By task and model, the standard error of this model's difference to it."""
+    own = next((model for model, name in named.items() if name == THIS_MODEL), None)
+    return {
+        str(task): {named[model]: float(error) for model, error in errors.get(own, {}).items()}
+        for task, errors in report.get("paired", {}).items()
+    }
 
 
 def _public(
@@ -111,6 +148,7 @@ def _search(report: Mapping[str, Any]) -> list[Score]:
             value=float(mean),
             stderr=_known(error),
             n=int(n),
+            paired=_from_interval(task["differences"].get(model)),
         )
         for task in report["tasks"]
         for model, (mean, error, n) in task["means"].items()
@@ -119,9 +157,24 @@ def _search(report: Mapping[str, Any]) -> list[Score]:
 
 def _fusion(report: Mapping[str, Any]) -> list[Score]:
     return [
-        Score(*HELD_OUT, str(model), float(s["bits_per_byte"]), _known(s["stderr"]), int(s["n"]))
+        Score(
+            *HELD_OUT,
+            str(model),
+            float(s["bits_per_byte"]),
+            _known(s["stderr"]),
+            int(s["n"]),
+            float(s["paired"]) if "paired" in s else None,
+        )
         for model, s in report["held_out_bits_per_byte"].items()
     ]
+
+
+def _from_interval(interval: Sequence[float] | None) -> float | None:
+    """A standard error from the bounds of a difference, as if it were normally distributed."""
+    if interval is None:
+        return None
+    _, low, high = interval
+    return (float(high) - float(low)) / WIDTH
 
 
 def _scores(report: Mapping[str, Any]) -> list[Score]:
@@ -133,6 +186,7 @@ def _scores(report: Mapping[str, Any]) -> list[Score]:
             value=float(scores["tasks"][task]["mean"]),
             stderr=_known(scores["tasks"][task]["standard_error"]),
             n=int(scores["tasks"][task]["n"]),
+            paired=report.get("paired", {}).get(task, {}).get(model),
         )
         for task, about in report["tasks"].items()
         for model, scores in report["models"].items()

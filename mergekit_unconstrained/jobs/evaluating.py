@@ -7,6 +7,7 @@ DIR/examples/MODEL/TASK.jsonl               what was asked, wanted, said and sco
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_unconstrained import __version__
+from mergekit_unconstrained.engine.digest import sha256
 from mergekit_unconstrained.errors import DataError, ModelError, OutputError
 from mergekit_unconstrained.evaluation.cache import ScoreCache
+from mergekit_unconstrained.evaluation.configured import FileTask
 from mergekit_unconstrained.evaluation.loading import check_there
 from mergekit_unconstrained.evaluation.records import SPLITS, Example, Scored, Split
 from mergekit_unconstrained.evaluation.run import Results, evaluate, wanted
 from mergekit_unconstrained.evaluation.settings import load_tasks
+from mergekit_unconstrained.evaluation.statistics import paired_error
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
+from mergekit_unconstrained.hub.sources import licence
 from mergekit_unconstrained.jobs import scores_folder
 from mergekit_unconstrained.present import evaluation as display
 
@@ -97,7 +102,9 @@ def _unique(names: Mapping[str, str]) -> dict[str, str]:
 
 def _save(results: Sequence[Results], tasks: Sequence[Task], limit: int | None, out: Path) -> None:
     question = scores_folder.asked(tasks, results[0].split, limit)
+    data = {task.name: _tested(task, results[0].split, limit) for task in tasks}
     scores = {scores_folder.MADE_BY: __version__, **question, **display.data(results)}
+    scores |= {"paired": paired_errors(results), "data": data}
     _write(out / scores_folder.SCORES, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     _write(out / "scores.csv", display.table_csv(results))
     _write(out / "table.md", display.markdown(results))
@@ -111,6 +118,34 @@ def _save(results: Sequence[Results], tasks: Sequence[Task], limit: int | None, 
             for pair in zip(examples, last[task.name].scored, strict=True)
         ]
         _write(out / "examples" / folder / f"{files[task.name]}.jsonl", "\n".join(lines) + "\n")
+
+
+def paired_errors(results: Sequence[Results]) -> dict[str, dict[str, dict[str, float]]]:
+    """By task, model and other model: the standard error of their difference, over the examples."""
+    return {
+        task.task: {
+            one.model: {
+                other.model: paired_error(one[task.task].values, other[task.task].values)
+                for other in results
+                if other is not one
+            }
+            for one in results
+        }
+        for task in results[0].tasks
+    }
+
+
+def _tested(task: Task, split: Split, limit: int | None) -> dict[str, Any]:
+    """What was asked: its file where there is one, else a hash of the examples; and how many."""
+    examples = wanted(task, split, limit)
+    if isinstance(task, FileTask):
+        path = task.path(split)
+        found = {"name": path.name, "sha256": sha256(path), "hashed": "file"}
+        return {**found, "licence": licence(path.parent), "n": len(examples)}
+    text = " ".join(example.digest for example in examples)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    found = {"name": task.name, "sha256": digest, "hashed": "examples"}
+    return {**found, "licence": None, "n": len(examples)}
 
 
 def _row(example: Example, scored: Scored) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from mergekit_unconstrained.evaluation.splits import check_disjoint, fitness_ref
 from mergekit_unconstrained.evaluation.subject import Subject
 from mergekit_unconstrained.evaluation.task import Task
 from mergekit_unconstrained.hub import search_report
-from mergekit_unconstrained.hub.facts import DataSet
+from mergekit_unconstrained.hub.facts import CHOSEN_ON, DataSet
 from mergekit_unconstrained.hub.pinning import clean
 from mergekit_unconstrained.hub.publication import read as noted
 from mergekit_unconstrained.jobs.publishing import Publication, without_keys
@@ -393,7 +393,7 @@ def _data(task: Task) -> DataSet:
     digests = [example.digest for found in splits.values() for example in found]
     return DataSet(
         name=task.name,
-        role="choosing and testing",
+        role=CHOSEN_ON,
         sha256=hashlib.sha256(" ".join(digests).encode()).hexdigest(),
         hashed="examples",
         rows={split: len(found) for split, found in splits.items()},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import statistics
 import warnings
 from pathlib import Path
 
@@ -72,6 +74,19 @@ def test_the_command_prints_and_saves_one_table(models, tasks, tmp_path):
         values[name] = told["mean"]
         assert (out / "examples" / short / "sums_1.jsonl").exists()
     assert len(set(values.values())) == 3
+    kept = [out / "examples" / m / "likely.jsonl" for m in ("first", "second")]
+    one, two = ([json.loads(x)["value"] for x in f.read_text().splitlines()] for f in kept)
+    spread = statistics.stdev(a - b for a, b in zip(one, two, strict=True)) / 5**0.5
+    assert saved["paired"]["likely"][names[0]][names[1]] == pytest.approx(spread)
+    data = saved["data"]["likely"]
+    (file,) = tasks.parent.glob("sums.jsonl")
+    assert data == {
+        "name": "sums.jsonl",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "hashed": "file",
+        "licence": None,
+        "n": 5,
+    }
     table = (out / "table.md").read_text(encoding="utf-8")
     assert table.count(" ± 0.") + table.count(" ± 1.") + table.count(" ± 2.") == 6
     assert "n = 5" in table

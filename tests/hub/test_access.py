@@ -12,10 +12,11 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from mergekit_unconstrained.errors import HubError
-from mergekit_unconstrained.hub import gate, publication
+from mergekit_unconstrained.hub import gate, provenance, publication
 from mergekit_unconstrained.hub.access import check_access
+from mergekit_unconstrained.hub.facts import Method, Parent, Source
 from mergekit_unconstrained.hub.licences import verdict
-from mergekit_unconstrained.hub.push import push
+from mergekit_unconstrained.hub.push import look, push
 from mergekit_unconstrained.hub.refusals import redacted
 from tests.hub.conftest import Clock, holds
 from tests.hub_stand_in import HubStandIn
@@ -203,6 +204,29 @@ def test_the_gate_lets_clear_pass_and_refused_never() -> None:
     for checked in (False, True):
         with pytest.raises(HubError, match="the licences forbid to publish this"):
             gate.refuse(verdict([("a", "cc-by-nd-4.0")]), checked=checked)
+
+
+def test_a_public_name_that_breaks_a_duty_stops(
+    hub: HubStandIn, api: HfApi, folder: Path, clock: Clock
+) -> None:
+    parents = (Parent("base", Source("o/b", "o/b", licence="llama3.1")),)
+    known = provenance.Provenance(
+        title="t", method=Method("layerwise", "Layer-wise merging"), parents=parents,
+        recipe="mergekit_config.yml", versions={}, machine={}, seconds=1,
+    )  # fmt: skip
+    provenance.write(folder, known)
+    with pytest.raises(HubError, match="name 'merged' does not begin with"):
+        push(folder, REPO, private=False, api=api, patience=clock.patience, quiet=True)
+    with pytest.raises(HubError, match="does not begin with"):
+        look(folder, REPO, private=False, api=api, patience=clock.patience)
+    assert not hub.seen("create")
+    *_, lines = look(folder, "alice/Llama-m", private=False, api=api, patience=clock.patience)
+    assert "status: clear" in lines[0]
+    done = push(
+        folder, "alice/Llama-m", private=False, api=api, patience=clock.patience, quiet=True
+    )
+    assert not done.private
+    gate.check_gate(folder, True, REPO)
 
 
 # -- others at the same place ----------------------------------------------------------------------
