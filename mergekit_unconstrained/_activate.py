@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 OFF_SWITCH = "MERGEKIT_DISABLE_PLUGINS"
+FAST_SWITCH = "MERGEKIT_UNCONSTRAINED_FAST"  # our kernels for mergekit's own methods (jobs/fast.py)
 _MARK = "__mergekit_unconstrained__"
 
 
@@ -206,7 +207,8 @@ def _wrap_run_merge(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         get: Any = getattr(sys.modules.get("mergekit.merge_methods.registry"), "get", None)
         # mergekit itself looks the method up after it has downloaded every model.
-        if not hasattr(get, _MARK) or _is_builtin(get(merge_config.merge_method)):
+        asked = os.environ.get(FAST_SWITCH, "") not in ("", "0")
+        if not hasattr(get, _MARK) or (_is_builtin(get(merge_config.merge_method)) and not asked):
             return original(merge_config, out_path, options, config_source)
         from mergekit_unconstrained import jobs
 

@@ -36,21 +36,28 @@ def main() -> None:
 @click.argument("out", type=click.Path())
 @click.option("--allow-nan", is_flag=True, help="Let NaN and infinity in parents through.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@click.option("--fast", is_flag=True, help="Run mergekit's own methods by our kernels (README).")
 @click.option("--mergekit-help", is_flag=True, help="List mergekit-yaml's options and stop.")
 @click.pass_context
 def yaml(
-    ctx: click.Context, recipe: str, out: str, allow_nan: bool, dry_run: bool, mergekit_help: bool
+    ctx: click.Context,
+    recipe: str,
+    out: str,
+    allow_nan: bool,
+    dry_run: bool,
+    fast: bool,
+    mergekit_help: bool,
 ) -> None:
     """Run RECIPE and write the merged model to OUT.
 
     Every option of mergekit-yaml works here too (--cuda, --lora-merge-cache DIR, ...), and any of
-    its methods. The two switches set the keys `allow_nan` and `dry_run` of the recipe's
-    `parameters`.
+    its methods. --allow-nan and --dry-run set the keys of the recipe's `parameters`. --fast is for
+    mergekit's own methods; MERGEKIT_UNCONSTRAINED_FAST=1 asks mergekit-yaml itself for the same.
     """
     jobs = _jobs()
     overrides = {k: True for k, v in {"allow_nan": allow_nan, "dry_run": dry_run}.items() if v}
     arguments = ["--help"] if mergekit_help else ctx.args
-    jobs.run_recipe(recipe, out, _merge_options(arguments), overrides)
+    jobs.run_recipe(recipe, out, _merge_options(arguments), overrides, fast_kernels=fast)
 
 
 @main.command(
@@ -265,9 +272,10 @@ def doctor() -> None:
 
 def _jobs() -> Any:
     """jobs.py, with the hook in place whatever the environment says."""
-    from mergekit_unconstrained import _activate
+    from mergekit_unconstrained import _activate, quick_start
 
     _activate.install()
+    quick_start.prepare()
     from mergekit_unconstrained import jobs
 
     return jobs

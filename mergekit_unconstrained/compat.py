@@ -1,6 +1,6 @@
 """Everything we use of mergekit, in one place: when a release moves something, mend it here.
 
-Only this module and `_activate` import mergekit.
+Only this module, `_activate` and `quick_start` import mergekit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ with warnings.catch_warnings():
         arch_info_for_config,
         get_architecture_info,
     )
-    from mergekit.architecture.conversion import can_convert_checkpoint_keys
     from mergekit.common import ModelPath, ModelReference, dtype_from_name
     from mergekit.config import (
         InputModelDefinition,
@@ -38,7 +37,7 @@ with warnings.catch_warnings():
         OutputSliceDefinition,
     )
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-    from mergekit.io.tasks import LoaderCache
+    from mergekit.io.tasks import LoaderCache, LoadTensor
     from mergekit.merge_methods import registry
     from mergekit.merge_methods.base import (
         BasePolicy,
@@ -58,6 +57,7 @@ with warnings.catch_warnings():
     )
     from mergekit.merge_methods.easy_define import merge_method as _merge_method
     from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+    from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
     from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 
 from mergekit_unconstrained.errors import UnconstrainedError
@@ -69,6 +69,7 @@ __all__ = [
     "InputModelDefinition",
     "InputSliceDefinition",
     "LazyTensorLoader",
+    "LoadTensor",
     "LoaderCache",
     "MergeConfiguration",
     "MergeMethod",
@@ -94,12 +95,16 @@ __all__ = [
     "TokenEmbeddingConfig",
     "TokenizerConfig",
     "WeightInfo",
+    "build_tokenizer",
     "can_convert",
     "check_chat_template",
+    "convert",
     "dtype_from_name",
+    "finish_merge",
     "forget_loaders",
     "get",
     "get_architecture_info",
+    "is_builtin",
     "is_ours",
     "merge_adapter",
     "merge_method",
@@ -110,10 +115,13 @@ __all__ = [
     "register",
     "registered",
     "renamed",
+    "replace_loader",
     "run_merge",
+    "set_loader_options",
     "stored_name",
     "stored_tensors",
     "tensor_loader",
+    "write_card",
 ]
 
 
@@ -195,6 +203,12 @@ def is_ours(method: MergeMethod) -> bool:
     return str(owner.__module__).startswith("mergekit_unconstrained.")
 
 
+def is_builtin(method: MergeMethod) -> bool:
+    """Whether a registered method is mergekit's own."""
+    owner = getattr(method, "implementation", type(method))
+    return str(owner.__module__).partition(".")[0] == "mergekit"
+
+
 def mergekit_version() -> str:
     """The installed release of mergekit."""
     return importlib.metadata.version("mergekit")
@@ -238,6 +252,8 @@ def stored_name(weight: WeightInfo, available: Container[str]) -> str | None:
 
 def can_convert(model_type: str, available: Iterable[str], weight: WeightInfo) -> bool:
     """Whether mergekit can assemble a weight (fused MoE experts) from a checkpoint's keys."""
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
     keys = list(available)
     targets = (weight.name, *(weight.aliases or ()))
     return any(can_convert_checkpoint_keys(model_type, keys, target) for target in targets)
@@ -273,7 +289,9 @@ class PlannedTask:
     """What mergekit's planner decided for one output tensor.
 
     inputs and input_parameters are keyed by the model as the recipe writes it. execute: merges the
-    inputs' tensors, keyed likewise, as mergekit's executor would.
+    inputs' tensors, keyed likewise, as mergekit's executor would. The rest is for running it
+    without that executor: loads, mergekit's tasks that read one input each; merge, its task that
+    merges them; dtype, what the result is saved in (None: as it comes).
     """
 
     output: WeightInfo
@@ -281,6 +299,60 @@ class PlannedTask:
     parameters: Mapping[str, Any]
     input_parameters: Mapping[str, Mapping[str, Any]]
     execute: Callable[[Mapping[str, torch.Tensor]], torch.Tensor | None]
+    merge: Any = None
+    dtype: str | None = None
+
+    @property
+    def loads(self) -> dict[ModelReference, LoadTensor]:
+        """The tasks that read the inputs, by model."""
+        gather = _gather(self.merge)
+        return dict(zip(gather.weight_info, gather.arguments().values(), strict=True))
+
+    @property
+    def tokenizer(self) -> BuildTokenizer | None:
+        """The task that builds the tokenizer to which the vocabulary axis is permuted, if any."""
+        return getattr(self.merge.gather_tensors, "tokenizer_task", None)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the vocabulary axis is cut to the shortest."""
+        inputs = self.merge.gather_tensors
+        return inputs is not _gather(self.merge) and not isinstance(inputs, PermutedVocabulary)
+
+    @property
+    def pad_to_multiple_of(self) -> int | None:
+        """What a permuted vocabulary is padded to."""
+        return getattr(self.merge.gather_tensors, "pad_to_multiple_of", None)
+
+    def compute(
+        self, tensors: Mapping[ModelReference, torch.Tensor], tokenizer: Any = None
+    ) -> torch.Tensor | None:
+        """The merged tensor, in the dtype it is saved in.
+
+        tensors: what the loads gave, without those that gave None. tokenizer: what
+        `build_tokenizer` gave, where there is one.
+        """
+        found: Any = dict(tensors)
+        if tokenizer is not None and self.tokenizer is not None:
+            found = self.merge.gather_tensors.execute(tokenizer_info=tokenizer, tensors=found)
+        elif self.truncates:
+            found = self.merge.gather_tensors.execute(tensors=found)
+        result = self.merge.execute(found)
+        if result is None or self.dtype is None:
+            return result
+        return result.to(dtype_from_name(self.dtype))
+
+    def is_skipped(self, present: Container[ModelReference]) -> bool:
+        """Whether mergekit leaves the tensor out, since too few models have it."""
+        models = [m for m in self.merge.model_order if m in present]
+        method = get(self.merge.method_name)
+        return (
+            self.output.optional
+            and len(models) < len(self.merge.model_order)
+            and method.spec.optional_tensor_policy == OptionalTensorPolicy.BASE_OR_SKIP
+            and len(models) < method.spec.contract.min_inputs
+            and models != [self.merge.base_model]
+        )
 
 
 def plan_tasks(
@@ -310,11 +382,17 @@ def plan_tasks(
         tasks = planner.plan_to_disk(out_path="")
     finally:
         LoaderCache.loaders = loaders
-    return [_planned(task.tensor_task) for task in tasks if hasattr(task, "tensor_task")]
+    return [
+        _planned(task.tensor_task, task.dtype) for task in tasks if hasattr(task, "tensor_task")
+    ]
 
 
-def _planned(merge: Any) -> PlannedTask:
-    gather = getattr(merge.gather_tensors, "gather_tensors", merge.gather_tensors)
+def _gather(merge: Any) -> Any:
+    return getattr(merge.gather_tensors, "gather_tensors", merge.gather_tensors)
+
+
+def _planned(merge: Any, dtype: str | None) -> PlannedTask:
+    gather = _gather(merge)
     return PlannedTask(
         output=merge.output_weight,
         inputs={str(model): info for model, info in gather.weight_info.items()},
@@ -325,6 +403,8 @@ def _planned(merge: Any) -> PlannedTask:
         execute=lambda tensors: merge.execute(
             {m: tensors[str(m)] for m in gather.weight_info if str(m) in tensors}
         ),
+        merge=merge,
+        dtype=dtype,
     )
 
 
@@ -358,6 +438,74 @@ def stored_tensors(options: MergeOptions) -> Callable[[str, str], torch.Tensor]:
     cache = LoaderCache()
     cache.setup(options)
     return lambda model, stored: cache.get(ModelReference.parse(model)).get_tensor(stored)
+
+
+def set_loader_options(options: MergeOptions) -> LoaderCache:
+    """mergekit's cache of loaders; they are shared, but each thread has options of its own."""
+    cache = LoaderCache()
+    cache.setup(options)
+    return cache
+
+
+def replace_loader(reference: ModelReference, loader: LazyTensorLoader) -> None:
+    """Let every read of a model go through another loader of the same interface."""
+    LoaderCache.loaders[reference] = loader
+
+
+def convert(
+    model_type: str, sources: Mapping[str, Callable[[], torch.Tensor]], target: str
+) -> torch.Tensor | None:
+    """A weight that a checkpoint holds in another form (fused experts), None where it cannot be."""
+    from mergekit.architecture.conversion import convert_checkpoint_tensors
+
+    return convert_checkpoint_tensors(model_type, sources, target)
+
+
+def build_tokenizer(task: BuildTokenizer) -> Any:
+    """The output's tokenizer with the permutation of every parent's vocabulary."""
+    return task.execute()
+
+
+def finish_merge(
+    config: MergeConfiguration,
+    architecture: ModelArchitecture,
+    out_config: Any,
+    folder: Path,
+    options: MergeOptions,
+    tokenizer: Any = None,
+) -> None:
+    """Everything of mergekit's run_merge after the weights, but for its card.
+
+    tokenizer: what `build_tokenizer` gave, None to copy the base's.
+    """
+    from mergekit import merge
+
+    built = tokenizer.tokenizer if tokenizer is not None else None
+    if built is not None:
+        padded = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
+        merge._update_config_vocab(out_config, architecture, built, pad_to_multiple_of=padded)
+    out_config.save_pretrained(str(folder))
+    if built is not None:
+        merge._set_chat_template(built, config)
+        built.save_pretrained(str(folder), safe_serialization=True)
+    elif options.copy_tokenizer:
+        try:
+            merge._copy_tokenizer(config, str(folder), options=options)
+        except Exception as error:
+            logging.getLogger("mergekit").error(
+                "the tokenizer could not be copied; the weights are complete: %s", error
+            )
+    files = architecture.tagalong_files or []
+    merge._copy_tagalong_files(config, str(folder), files=files, options=options)
+
+
+def write_card(config: MergeConfiguration, source: str, folder: Path, name: str) -> None:
+    """mergekit's card and copy of the recipe. name: the model's."""
+    from mergekit.card import generate_card
+
+    card = generate_card(config=config, config_yaml=source, name=name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 
 
 def forget_loaders() -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "mergekit_unconstrained"
 NAME = PACKAGE.name
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "resources"},
+    {"errors", "resources", "quick_start"},
     {"catalog"},
     {"compat"},
     {"plugins"},
@@ -62,8 +62,8 @@ def violations(source: str, module: str) -> list[str]:
         package, _, rest = name.partition(".")
         if package == "":
             found.append(f"{name}: relative")
-        if package == "mergekit" and unit not in ("compat", "_activate"):
-            found.append(f"{name}: only compat and _activate import mergekit")
+        if package == "mergekit" and unit not in ("compat", "_activate", "quick_start"):
+            found.append(f"{name}: only compat, _activate and quick_start import mergekit")
         other = rest.partition(".")[0]
         if package != NAME or other not in RANK:
             continue

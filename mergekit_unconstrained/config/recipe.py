@@ -7,10 +7,18 @@ what needs the parents themselves is checked in engine/plan.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+)
 
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeMethod, ParameterScope, ParameterSpec
@@ -18,6 +26,23 @@ from mergekit_unconstrained.config.document import Document, Place
 from mergekit_unconstrained.config.words import suggest
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+_UNITS = {
+    "": 1,
+    **{unit: 1000**n for n, unit in enumerate(("KB", "MB", "GB", "TB"), start=1)},
+    **{unit: 1024**n for n, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), start=1)},
+}
+
+
+def read_bytes(value: Any) -> Any:
+    """A number of bytes from a number or from text such as `8GiB`; ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", str(value), re.IGNORECASE)
+    if value is None:
+        return None
+    if found is None or isinstance(value, bool) or (size := float(found[1])) == 0:
+        raise ValueError("must be a size such as 8GiB")
+    return int(size * _UNITS[(found[2] or "").upper()])
 
 
 class JobOptions(BaseModel):
@@ -29,6 +54,12 @@ class JobOptions(BaseModel):
     """Let NaN and infinity in the parents' weights through instead of stopping."""
     dry_run: StrictBool = False
     """Check everything, print the plan and stop before any weight is read."""
+    engine: Literal["streaming", "mergekit"] = "streaming"
+    """Who runs the merge: the engine of this package, or mergekit's own executor."""
+    memory_budget: Annotated[int | None, BeforeValidator(read_bytes)] = None
+    """Bytes (`8GiB`, `500MB`) that tensors under way may take; half of the memory by default."""
+    verify: StrictBool = False
+    """Read the output again when it is written, and compare."""
     push_to_hub: StrictStr | None = None
     """Publish the result as this repository of the Hub, `org/name`."""
     hub_private: StrictBool = True
@@ -137,7 +168,10 @@ class _Checker:
         except ValidationError as error:
             problem = error.errors()[0]
             name = str(problem["loc"][0])
-            wanted = "true or false"
+            wanted = {
+                "engine": "`streaming` or `mergekit`",
+                "memory_budget": "a size such as `8GiB`",
+            }.get(name, "true or false")
             if name in ("push_to_hub", "hub_tag"):
                 wanted = "a name, as in `push_to_hub: org/name` and `hub_tag: v1`"
             self.document.fail((*place, name), f"must be {wanted}, not {options[name]!r}")

@@ -56,7 +56,10 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked recipe: what goes in and what comes out."""
+    """A checked recipe: what goes in and what comes out.
+
+    tasks, architecture, out_config: mergekit's own of the same names, for the engine.
+    """
 
     document: Document
     config: MergeConfiguration
@@ -68,6 +71,9 @@ class Plan:
     table: Table | None = None
     layers: int = 0
     shared: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[compat.PlannedTask, ...] = ()
+    architecture: Any = None
+    out_config: Any = None
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -160,7 +166,7 @@ def make_plan(
     )
     plan = Plan(
         document, config, method, job, base, tuple(experts), tensors, table, layers,
-        shared=_shared(tasks),
+        shared=_shared(tasks), tasks=tuple(tasks), architecture=architecture, out_config=out_config,
     )  # fmt: skip
     checks.check_settings(plan)
     checks.check_operators(plan, tasks)

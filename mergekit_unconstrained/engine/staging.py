@@ -1,13 +1,15 @@
 """The output folder: nothing carries its final name before it is complete.
 
 A run writes into OUT.partial and renames it at the end. OUT.partial holds a note of what is being
-made (`job.json`): the same job starts it afresh, another job leaves it alone and says so.
+made (`job.json`): the same job goes on with it where it can be gone on with, and starts it afresh
+otherwise; another job leaves it alone and says so.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from typing import IO
 
 from mergekit_unconstrained.errors import OutputError, UnconstrainedError
 
+LOG = logging.getLogger(__name__)
 NOTE = "job.json"
 
 
@@ -50,44 +53,57 @@ def check_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(out: Path, job: str) -> Iterator[Path]:
+def staged(out: Path, job: str, resumable: str | None = None) -> Iterator[Path]:
     """Give a folder to write into, and rename it to `out` when the block ends without error.
 
-    job: what identifies the work (a hash); an OUT.partial of the same job is started afresh.
+    job: what identifies the work (a hash). resumable: the name of a file; where an OUT.partial of
+    the same job holds it, the folder is given as it is, and a full disk, too little memory or
+    Ctrl-C leave it there. Without one the folder is started afresh.
     """
     check_out(out)
     partial = partial_of(out)
-    _clear(partial, job)
+    if not _kept(partial, job, resumable):
+        try:
+            partial.mkdir(parents=True)
+            (partial / NOTE).write_text(json.dumps({"job": job}), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write to {partial}: {error.strerror}") from error
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {partial}: {error.strerror}") from error
-    try:
-        with (partial / NOTE).open("w", encoding="utf-8") as note:
+        with (partial / NOTE).open("r+", encoding="utf-8") as note:
             lock(note, partial)
-            json.dump({"job": job}, note)
-            note.flush()
             yield partial
-        (partial / NOTE).unlink()
+        if resumable is not None:
+            (partial / resumable).unlink(missing_ok=True)
         if out.is_dir():
             out.rmdir()  # empty: check_out saw to that
         partial.rename(out)
+        # Last: a kill just before it leaves a note too many, not a folder that nobody recognises.
+        (out / NOTE).unlink()
     except BaseException as error:
-        # A merge cannot be resumed yet, so what an error or Ctrl-C leaves would only stand in the
-        # way of a mended recipe. After a kill it stays; the next run of the same job clears it.
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, UnconstrainedError) or not disk_full(error):
+        full = disk_full(error)
+        lasting = full or isinstance(error, KeyboardInterrupt | MemoryError)
+        keeps = lasting and resumable is not None and (partial / resumable).exists()
+        if not keeps:
+            # It cannot be gone on with, so it would only stand in the way of a mended recipe. After
+            # a kill it stays; the next run of the same job clears it.
+            shutil.rmtree(partial, ignore_errors=True)
+        elif not full:
+            LOG.warning("%s keeps what is finished: the same command goes on from there", partial)
+        if isinstance(error, UnconstrainedError) or not full:
             raise
+        rest = "what is finished is kept" if keeps else "nothing was left behind"
         raise OutputError(
-            f"the disk is full; nothing was left behind: make room for {out} and run the same "
-            "command again"
+            f"the disk is full; {rest}: make room for {out} and run the same command again"
         ) from error
 
 
-def _clear(partial: Path, job: str) -> None:
-    """Remove what an interrupted run of the same job left."""
+def _kept(partial: Path, job: str, resumable: str | None) -> bool:
+    """Whether an interrupted run of the same job left something to go on with; else it is removed.
+
+    OutputError when it is somebody else's.
+    """
     if not partial.exists():
-        return
+        return False
     try:
         with (partial / NOTE).open("r+", encoding="utf-8") as note:
             lock(note, partial)
@@ -99,7 +115,10 @@ def _clear(partial: Path, job: str) -> None:
             f"{partial} was left by another recipe (or by something else): remove it, or choose "
             "another output folder"
         )
+    if resumable is not None and (partial / resumable).exists():
+        return True
     shutil.rmtree(partial)
+    return False
 
 
 def lock(note: IO[str], partial: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from mergekit_unconstrained.engine import staging
+from mergekit_unconstrained.engine import journal, staging
 from mergekit_unconstrained.engine.digest import sha256
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.errors import OutputError
@@ -107,12 +107,16 @@ def inside(name: str) -> str:
 # -- writing and reading --------------------------------------------------------------------------
 
 
-def write(folder: Path, provenance: Provenance) -> Provenance:
+def write(
+    folder: Path, provenance: Provenance, known: Mapping[str, str] | None = None
+) -> Provenance:
     """Write provenance.json with the hashes of all that lies in the folder; gives what was written.
+
+    known: sha256 of files that need not be read for it.
 
     The last step but the card: what is added later is not known to it (but see `amended`).
     """
-    files = tuple(_hashed(folder, name) for name in listed_files(folder))
+    files = tuple(_hashed(folder, name, (known or {}).get(name)) for name in listed_files(folder))
     return save(folder, provenance.model_copy(update={"files": files}))
 
 
@@ -163,12 +167,12 @@ def listed_files(folder: Path) -> list[str]:
     """The files of a folder whose bytes matter, as paths within it; hidden ones do not."""
     found = (f.relative_to(folder) for f in folder.rglob("*") if f.is_file())
     shown = (path for path in found if not any(part.startswith(".") for part in path.parts))
-    return sorted({path.as_posix() for path in shown} - {*REWRITTEN, staging.NOTE})
+    return sorted({path.as_posix() for path in shown} - {*REWRITTEN, staging.NOTE, journal.NAME})
 
 
-def _hashed(folder: Path, name: str) -> WeightFile:
+def _hashed(folder: Path, name: str, known: str | None = None) -> WeightFile:
     file = folder / name
-    return WeightFile(name, sha256(file), file.stat().st_size)
+    return WeightFile(name, known or sha256(file), file.stat().st_size)
 
 
 def _digest(provenance: Provenance) -> str:

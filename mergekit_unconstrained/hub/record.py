@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ CHANGING_FLAGS = (
     "random_seed",
 )
 """mergekit's options that change what comes out, or whether it does."""
+HOW = {"engine", "memory_budget", "verify"}
+"""Job options that say how, and change nothing of what comes out."""
 
 
 def resolved(plan: Plan, options: MergeOptions) -> Plan:
@@ -66,11 +68,12 @@ def describe(
     seconds: float,
     options: MergeOptions,
     data: Sequence[facts.DataSet] = (),
+    written: Mapping[str, str] | None = None,
 ) -> None:
     """Write provenance and card into a folder that holds everything else.
 
     digests: of plan.files. seconds: what the merge took. data: what the coefficients were chosen
-    on.
+    on. written: sha256 of the output's weight files where it is known already.
     """
     parents = (plan.base, *plan.experts)
     names = places(parents)
@@ -93,7 +96,7 @@ def describe(
         seconds=round(seconds, 1),
         unknown=() if any(folder.glob("token*")) else (NO_TOKENIZER,),
     )
-    known = provenance.write(folder, known)
+    known = provenance.write(folder, known, written or {})
     if options.write_model_card:
         card.write(folder, card_facts(folder, known))
 
@@ -126,7 +129,7 @@ def _method(plan: Plan) -> facts.Method:
         paper=entry.paper if entry else "",
         url=spec.reference_url or "",
         operator=str(operator) if operator and operator != VARIES else None,
-        parameters=shown | plan.job.model_dump(exclude_defaults=True, exclude=set(HUB_KEYS)),
+        parameters=shown | plan.job.model_dump(exclude_defaults=True, exclude={*HUB_KEYS, *HOW}),
     )
 
 

@@ -21,7 +21,7 @@ from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.jobs import weights, whole_model
+from mergekit_unconstrained.jobs import fast, weights, whole_model
 from mergekit_unconstrained.jobs.recipes import document_of, load_recipe
 from mergekit_unconstrained.jobs.tables import plot_coefficients, show_coefficients, starting_table
 from mergekit_unconstrained.jobs.weights import RunMerge
@@ -50,10 +50,13 @@ def run(
 ) -> None:
     """What `mergekit.merge.run_merge` does for the methods of plugins while the hook is active.
 
+    mergekit's own methods come here where the environment asks for fast kernels.
     run_merge: mergekit's own. source: the recipe's text where the front end still has it.
     """
     method = compat.get(config.merge_method)
-    if compat.is_ours(method):
+    if compat.is_builtin(method):
+        fast.run(run_merge, config, Path(out_path), options, source)
+    elif compat.is_ours(method):
         _run(run_merge, method, config, Path(out_path), options, document_of(config, source))
     elif hasattr(method, "merge_models"):
         method.merge_models(config, out_path, options, source)
@@ -62,11 +65,17 @@ def run(
 
 
 def run_recipe(
-    path: str, out: str, options: MergeOptions, overrides: Mapping[str, Any] | None = None
+    path: str,
+    out: str,
+    options: MergeOptions,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    fast_kernels: bool = False,
 ) -> None:
     """Our own front end: as mergekit-yaml, with clear errors from the first byte of the recipe.
 
     overrides: job options set on the command line; they become keys of the recipe's `parameters`.
+    fast_kernels: run mergekit's own methods by our kernels (ours always are).
     """
     document, config, method = load_recipe(path)
     if not compat.is_ours(method):
@@ -75,7 +84,10 @@ def run_recipe(
                 f"{path}: {', '.join(overrides)} work with our methods only, and "
                 f"{method.spec.name!r} is mergekit's own"
             )
-        run(compat.run_merge, config, out, options, document.text)
+        if compat.is_builtin(method) and not (fast_kernels or fast.is_asked_for()):
+            compat.run_merge(config, out, options, document.text)
+        else:
+            run(compat.run_merge, config, out, options, document.text)
         return
     if overrides:
         # Into the text, so that the recipe that is kept with the result says it too.

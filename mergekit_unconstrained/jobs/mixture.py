@@ -161,7 +161,6 @@ def merge_group(group: Group, work: WorkDir, options: MergeOptions, run_merge: R
     inputs = {"recipe": group.recipe.data, "files": identity_of(files)}
     stage = work.stage(f"groups/{safe(group.name)}", inputs)
     if not stage.finished:
-        stage.discard()  # a merge is not resumed inside
         with stage.running() as results:
             (stage.folder / "merge.yml").write_text(group.recipe.text or "", encoding="utf-8")
             merge_into(_merged_in(stage, group), run_merge, weight_plan(group, options), options)

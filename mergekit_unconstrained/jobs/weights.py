@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mergekit_unconstrained.compat import (
 )
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent
-from mergekit_unconstrained.engine import staging
+from mergekit_unconstrained.engine import journal, staging, streaming
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
@@ -36,6 +37,7 @@ from mergekit_unconstrained.jobs import whole_model
 from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.resources import cache_dir
 
+LOG = logging.getLogger(__name__)
 RunMerge = Callable[..., Any]
 
 
@@ -102,16 +104,17 @@ def run_job(
         publication.push(out)
         return
     staging.check_out(out)
-    staging.check_space(out, int(plan.out_bytes * 1.02))
+    if not staging.partial_of(out).exists():
+        staging.check_space(out, int(plan.out_bytes * 1.02))
     digests = BackgroundDigests(plan.files)
     try:
-        with staging.staged(out, _job_hash(plan)) as partial:
-            merge_into(partial, run_merge, plan, options)
+        with staging.staged(out, _recipe_hash(plan), journal.NAME) as partial:
+            written = _merge_weights(partial, run_merge, plan, options)
             seconds = time.monotonic() - started
             plan = record.resolved(plan, options)
             record.lay_out(plan, partial, out.name, options)
             finishing(partial)
-            record.describe(plan, partial, out.name, digests, seconds, options, data)
+            record.describe(plan, partial, out.name, digests, seconds, options, data, written)
             publication.note(partial)
     finally:
         digests.close()
@@ -122,6 +125,17 @@ def run_job(
 
 def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOptions) -> None:
     """Write a plan's merged weights, config and tokenizer into a folder, without a card."""
+    _merge_weights(folder, run_merge, plan, options)
+    streaming.forget(folder)
+
+
+def _merge_weights(
+    folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOptions
+) -> Mapping[str, str]:
+    """Merge by the streaming engine, or by mergekit's executor where that cannot.
+
+    Gives file name -> sha256 where the engine knows them; its journal stays in the folder.
+    """
     compat.forget_loaders()
     run_options = apply_adapters((plan.base, *plan.experts), options).model_copy(
         update={
@@ -133,7 +147,38 @@ def merge_into(folder: Path, run_merge: RunMerge, plan: Plan, options: MergeOpti
     statistics = whole_model.statistics(plan, run_options)
     context = MergeContext(plan.roles, plan.job.allow_nan, out_dtype, statistics, options.quiet)
     with using(context):
+        reason = ""
+        if plan.job.engine == "streaming":
+            reason = streaming.refusal(plan.architecture, run_options) or ""
+            if not reason:
+                try:
+                    return _stream(folder, plan, run_options)
+                except streaming.CannotStreamError as error:
+                    reason = str(error)
+            LOG.warning("merging with mergekit's executor, which cannot be resumed: %s", reason)
+        streaming.clear(folder)
         run_merge(plan.config.model_copy(deep=True), str(folder), run_options, None)
+    return {}
+
+
+def _stream(folder: Path, plan: Plan, options: MergeOptions) -> Mapping[str, str]:
+    """Merge by the engine of this package, with a bar."""
+    files = [f for p in (plan.base, *plan.experts) for f in (*p.weight_files, *p.adapter_files)]
+    identity = merge_identity(_recipe_hash(plan), files)
+    total = 0 if options.quiet else plan.out_bytes
+    work = streaming.Work.of(plan)
+    with present.byte_progress("merging", total) as advance:
+        return streaming.merge(work, folder, options, identity, advance)
+
+
+def merge_identity(recipe: str, files: Iterable[Path]) -> dict[str, Any]:
+    """What a merge that is gone on with must share with the one before. recipe: its hash."""
+    states = {str(f): f.stat() for f in files}
+    return {
+        "the recipe": recipe,
+        "this package's version": __version__,
+        "inputs": {f: [s.st_size, s.st_mtime_ns] for f, s in states.items()},
+    }
 
 
 def apply_adapters(parents: Sequence[Parent], options: MergeOptions) -> MergeOptions:
@@ -158,10 +203,19 @@ def apply_adapters(parents: Sequence[Parent], options: MergeOptions) -> MergeOpt
 
 
 def _job_hash(plan: Plan) -> str:
-    """What makes two jobs the same: recipe, coefficient table, parents' files, version."""
-    table = plan.table.document.text if plan.table is not None else None
+    """What makes two results the same: recipe, coefficient table, parents' files, version."""
     identity = files_hash((plan.base, *plan.experts))
-    content = json.dumps([plan.document.data, table, identity, __version__], default=str)
+    content = json.dumps([_recipe_hash(plan), identity, __version__])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _recipe_hash(plan: Plan) -> str:
+    """What makes two jobs the same: recipe and coefficient table.
+
+    The journal of a merge holds the parents' files and the version beside it.
+    """
+    table = plan.table.document.text if plan.table is not None else None
+    content = json.dumps([plan.document.data, table], default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

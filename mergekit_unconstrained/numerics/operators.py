@@ -164,6 +164,12 @@ class Settings:
     dtype: torch.dtype = torch.float32
     zero_sign: Literal[1, -1] = 1
     granularity: Literal["tensor", "element"] = "tensor"
+    custom: Operator | None = None
+
+    @property
+    def rules(self) -> Operator:
+        """What the operator does; `custom` where that is none of OPERATORS."""
+        return self.custom or OPERATORS[self.operator]
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any]) -> Settings:
@@ -181,8 +187,8 @@ class Settings:
         )
 
 
-CHUNK = 1 << 15
-"""Entries combined at a time on a CPU: 128 KiB in float32, several of which fit a core's cache."""
+CHUNK = 1 << 16
+"""Entries combined at a time on a CPU: 256 KiB in float32, several of which fit a core's cache."""
 
 
 @torch.no_grad()
@@ -194,7 +200,7 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
     """
     if not experts or base.numel() == 0:
         return base.clone()
-    operator = OPERATORS[settings.operator]
+    operator = settings.rules
     normalize = operator.normalize if settings.normalize is None else settings.normalize
     dtype = torch.promote_types(base.dtype, settings.dtype)
     shares = torch.tensor([e.weight for e in experts], dtype=dtype, device=base.device)
@@ -213,13 +219,13 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
 
     flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
     out = torch.empty_like(flat)
+    if settings.operator == "linear" and settings.lambda_ == 1:
+        average_into(out, tensors, shares, normalize)
+        return out.reshape(base.shape)
     for piece in pieces(base):
         t0 = flat[piece].to(dtype)
         if settings.operator == "linear":
             d = average([t[piece].to(dtype) for t in tensors], shares, normalize)
-            if settings.lambda_ == 1:
-                out[piece] = d
-                continue
             d.sub_(t0)
         else:
             terms = [
@@ -275,22 +281,19 @@ def as_float(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def keep(base: torch.Tensor, expert: Expert, settings: Settings, dtype: torch.dtype) -> Kept:
     """Which entries of the task vector d_i the operator keeps, and by what they are rescaled."""
-    operator = OPERATORS[settings.operator]
+    operator = settings.rules
     if operator.keep == "all" or expert.density >= 1:
         return Kept()
     rescale = operator.rescale if settings.rescale is None else settings.rescale
     keys = {"tensor": settings.name, "model": expert.model}
-    if operator.keep == "random" and rescale != "l1":
-        size = base  # only its shape matters
-    else:
-        size = magnitudes(base, expert.tensor, dtype)
+    if operator.keep == "random":
+        return keep_at_random(base, expert, settings, rescale, dtype)
+    size = magnitudes(base, expert.tensor, dtype)
     size = size if base.ndim else size.reshape(1)
     if operator.keep == "magnitude":
         mask = sparsify.magnitude_mask(size, expert.density)
     elif operator.keep == "outliers":
         mask = sparsify.outlier_mask(size, expert.density, expert.gamma)
-    elif operator.keep == "random":
-        mask = sparsify.random_mask(size.shape, expert.density, seed=settings.seed, **keys)
     else:
         mask = sparsify.magprune_mask(
             size, expert.density, expert.epsilon, seed=settings.seed, **keys
@@ -299,11 +302,41 @@ def keep(base: torch.Tensor, expert: Expert, settings: Settings, dtype: torch.dt
     return Kept(mask.reshape(-1), sparsify.rescale_factor(size, mask, rescale, expert.density))
 
 
+def keep_at_random(
+    base: torch.Tensor,
+    expert: Expert,
+    settings: Settings,
+    rescale: sparsify.Rescale,
+    dtype: torch.dtype,
+) -> Kept:
+    """`keep` for random masks: drawn, compared and summed while a piece is in the cache."""
+    flat, other = base.reshape(-1), expert.tensor.reshape(-1)
+    mask = torch.empty(flat.shape, dtype=torch.bool)
+    draw = sparsify.RandomMask(
+        expert.density, seed=settings.seed, tensor=settings.name, model=expert.model
+    )
+    before = after = 0.0
+    for piece in pieces(base):
+        draw.into(mask[piece])
+        if rescale == "l1":
+            d = torch.sub(other[piece].to(dtype), flat[piece].to(dtype)).abs_()
+            before += float(d.sum(dtype=torch.float64))
+            after += float(
+                d.mul_(as_float(mask[piece].to(d.device), dtype)).sum(dtype=torch.float64)
+            )
+    factor = 1.0
+    if rescale == "l1":
+        factor = sparsify.l1_factor(before, after)
+    elif rescale == "inverse" and expert.density > 0:
+        factor = 1.0 / expert.density
+    return Kept(mask.to(base.device), factor)
+
+
 def keep_between(
     base: torch.Tensor, expert: Expert, settings: Settings, bounds: tuple[float, float] | None
 ) -> Kept:
     """Which entries are kept where low <= |d_i| <= high are, None: no entry."""
-    operator = OPERATORS[settings.operator]
+    operator = settings.rules
     rescale = operator.rescale if settings.rescale is None else settings.rescale
     size = magnitudes(base, expert.tensor, torch.promote_types(base.dtype, settings.dtype))
     low, high = bounds or (1.0, 0.0)
@@ -339,7 +372,7 @@ def select(
     to nothing. `sce` merges the selected entries alone, and takes 1 / N below a sum of 1e-6 already
     (mergekit's rules).
     """
-    published = OPERATORS[settings.operator].combine == "erase_exactly"
+    published = settings.rules.combine == "erase_exactly"
     flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
     squares = torch.empty((len(experts), flat.numel()), dtype=dtype, device=base.device)
     variance = torch.empty(flat.shape, dtype=dtype, device=base.device)
@@ -486,15 +519,43 @@ def elected_sign(terms: list[torch.Tensor], zero_sign: Literal[1, -1] = 1) -> to
     return positive.mul_(2).sub_(1)
 
 
+def average_into(
+    out: torch.Tensor, tensors: Sequence[torch.Tensor], weights: torch.Tensor, normalize: bool
+) -> None:
+    """Eq. (9) for lambda = 1: sum_i w_i T_i, divided by sum_i w_i, written to `out`.
+
+    out, tensors: [n] of any float dtype; the sums are in the dtype of the weights, which for bf16
+    is mergekit's own arithmetic, bit for bit.
+    """
+    divisor = _divisor(weights) if normalize else None
+    shares = list(weights)
+    space = out if out.dtype == weights.dtype else None
+    for piece in pieces(out):
+        total = (
+            space[piece]
+            if space is not None
+            else out.new_empty(out[piece].shape, dtype=weights.dtype)
+        )
+        total.zero_()  # not the first product alone: -0.0 is to become 0.0, as in mergekit
+        for tensor, share in zip(tensors, shares, strict=True):
+            total.addcmul_(tensor[piece].to(weights.dtype), share)
+        if divisor is not None:
+            total.div_(divisor)
+        if space is None:
+            out[piece] = total
+
+
 def average(
     tensors: Sequence[torch.Tensor], weights: torch.Tensor, normalize: bool
 ) -> torch.Tensor:
-    """Eq. (9) without the base: sum_i w_i T_i, divided by sum_i w_i."""
-    total = torch.zeros_like(tensors[0])
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.addcmul_(tensor, weight)
-    if not normalize:
-        return total
-    if weights.sum() == 0:
+    """Eq. (9) without the base, of pieces in the dtype of the weights."""
+    total = torch.empty_like(tensors[0])
+    average_into(total, tensors, weights, normalize)
+    return total
+
+
+def _divisor(weights: torch.Tensor) -> torch.Tensor:
+    total = weights.sum()
+    if total == 0:
         raise RecipeError("linear divides by the sum of the weights, which is zero here")
-    return total.div_(weights.sum())
+    return total

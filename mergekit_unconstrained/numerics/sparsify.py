@@ -59,15 +59,32 @@ def kept_span(n: int, density: float, gamma: float) -> tuple[int, int]:
     return first, first + keep
 
 
+class RandomMask:
+    """Each entry with probability `density`, independently (DARE, arXiv 2311.03099, Eq. 2).
+
+    Fills one piece of a tensor after the other; how it is cut makes no difference.
+    """
+
+    def __init__(self, density: float, *, seed: int, tensor: str, model: str) -> None:
+        self._lanes = masks.Lanes(seed=seed, tensor=tensor, model=model)
+        self._threshold = int(masks.thresholds(density))
+
+    def into(self, mask: torch.Tensor) -> None:
+        """The next entries. mask: [n] bool on the CPU."""
+        if self._threshold >= masks.LANES:  # no 32-bit number is that large
+            mask.fill_(True)
+            return
+        lanes = self._lanes.take(mask.numel())
+        np.less(lanes, np.uint32(self._threshold), out=mask.numpy())
+
+
 def random_mask(
     shape: torch.Size, density: float, *, seed: int, tensor: str, model: str
 ) -> torch.Tensor:
-    """Each entry with probability `density`, independently (DARE, arXiv 2311.03099, Eq. 2).
-
-    Lives on the CPU.
-    """
-    lanes = masks.uniform_lanes(shape, seed=seed, tensor=tensor, model=model)
-    return torch.from_numpy(lanes < masks.thresholds(density))
+    """A whole tensor's RandomMask. Lives on the CPU."""
+    mask = torch.empty(shape, dtype=torch.bool)
+    RandomMask(density, seed=seed, tensor=tensor, model=model).into(mask.reshape(-1))
+    return mask
 
 
 def magprune_mask(
@@ -129,7 +146,11 @@ def rescale_factor(
     if rescale == "inverse" and 0 < density < 1:
         return 1.0 / density
     if rescale == "l1":
-        before, after = magnitudes.sum(), (magnitudes * mask).sum()
-        if before >= 1e-7 and after >= 1e-7:
-            return float(before / after)
+        kept = magnitudes * mask.view(torch.uint8).to(magnitudes.dtype)
+        return l1_factor(float(magnitudes.sum()), float(kept.sum()))
     return 1.0
+
+
+def l1_factor(before: float, after: float) -> float:
+    """What brings an L1 norm back; 1 when either is below 1e-7 (mergekit's rule)."""
+    return before / after if before >= 1e-7 and after >= 1e-7 else 1.0

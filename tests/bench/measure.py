@@ -17,6 +17,7 @@ from typing import Any
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256},
+    "21M": {"hidden_size": 1024, "num_hidden_layers": 1, "vocab_size": 4_000},
     "84M": {"hidden_size": 1024, "num_hidden_layers": 4, "vocab_size": 16_000},
     "270M": {"hidden_size": 1024, "num_hidden_layers": 16, "vocab_size": 32_000},
 }
@@ -72,8 +73,10 @@ def interleaved(
     }
 
 
-def random_llamas(folder: Path, size: str, experts: int = 3) -> tuple[Path, list[Path]]:
-    """A random Llama in bf16 and experts a tenth as far from it as it is from zero.
+def random_llamas(
+    folder: Path, size: str, experts: int = 3, dtype: str = "bfloat16"
+) -> tuple[Path, list[Path]]:
+    """A random Llama and experts a tenth as far from it as it is from zero.
 
     size: a key of SIZES. No tokenizer. Returns their folders.
     """
@@ -96,7 +99,7 @@ def random_llamas(folder: Path, size: str, experts: int = 3) -> tuple[Path, list
                     .float()
                     .add_(torch.randn(shape, generator=generator), alpha=0.002)
                 )
-            tensors[name] = tensor.bfloat16()
+            tensors[name] = tensor.to(getattr(torch, dtype))
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return paths[0], paths[1:]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_unconstrained.numerics.masks import thresholds, uniform_lanes
+from mergekit_unconstrained.numerics.masks import Lanes, thresholds, uniform_lanes
 
 KEY = {"seed": 0, "tensor": "model.layers.0.mlp.up_proj.weight", "model": "org/math"}
 N = 200_000
@@ -112,3 +112,11 @@ def test_the_ends_keep_nothing_and_everything() -> None:
     assert (lanes() < thresholds(1.0)).all()
     # Also where a lane takes its largest value.
     assert (np.array([2**32 - 1], dtype=np.uint32) < thresholds(1.0)).all()
+
+
+@pytest.mark.parametrize("pieces", [[1000], [1] * 1000, [3, 500, 497], [999, 1], [2, 998]])
+def test_lanes_do_not_depend_on_how_a_tensor_is_cut(pieces: list[int]) -> None:
+    keys = {"seed": 1, "tensor": "t", "model": "m"}
+    whole = uniform_lanes(torch.Size([1000]), **keys)  # type: ignore[arg-type]
+    lanes = Lanes(**keys)  # type: ignore[arg-type]
+    assert np.array_equal(np.concatenate([lanes.take(n) for n in pieces]), whole)

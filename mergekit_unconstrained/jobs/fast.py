@@ -1,0 +1,107 @@
+"""mergekit's own methods by our kernels and engine, for who asks: `--fast`, or the environment.
+
+A recipe, its output and its card are mergekit's; the card says which kernels computed it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from mergekit_unconstrained import __version__, compat, present
+from mergekit_unconstrained.compat import MergeConfiguration, MergeOptions
+from mergekit_unconstrained.config.recipe import JobOptions
+from mergekit_unconstrained.engine import journal, staging, streaming
+from mergekit_unconstrained.engine.fast import FAST, fast_method
+from mergekit_unconstrained.jobs.weights import RunMerge, merge_identity
+
+LOG = logging.getLogger(__name__)
+SWITCH = "MERGEKIT_UNCONSTRAINED_FAST"
+
+
+def is_asked_for() -> bool:
+    """Whether the environment asks for the fast kernels."""
+    return os.environ.get(SWITCH, "") not in ("", "0")
+
+
+def run(
+    run_merge: RunMerge,
+    config: MergeConfiguration,
+    out: Path,
+    options: MergeOptions,
+    source: str | None,
+) -> None:
+    """Carry out a recipe of one of mergekit's methods; by `run_merge` what we cannot do.
+
+    source: the recipe's text where the front end still has it.
+    """
+    name = config.merge_method
+    source = source or config.to_yaml()
+    if name not in FAST:
+        reason: str | None = f"there is no fast kernel for {name!r}"
+    else:
+        architecture = compat.get_architecture_info(config, options)
+        reason = streaming.refusal(architecture, options)
+    if reason is None:
+        started = time.monotonic()
+        try:
+            work = _work(config, options, architecture)
+            _merge(work, config, out, options, source)
+        except streaming.CannotStreamError as error:
+            reason = str(error)
+        else:
+            if not options.quiet:
+                took = present.duration(time.monotonic() - started)
+                message = f"{out}: {len(work.tasks):,} tensors merged by {name}, {_said(name)}, in "
+                present.console.print(message + took, markup=False, highlight=False)
+            return
+    LOG.warning("merging with mergekit's own kernels and executor: %s", reason)
+    run_merge(config, str(out), options, source)
+
+
+def _said(name: str) -> str:
+    return f"fast kernel ({FAST[name].relation})"
+
+
+def _work(
+    config: MergeConfiguration, options: MergeOptions, architecture: compat.ModelArchitecture
+) -> streaming.Work:
+    """Plan the recipe as mergekit does, with our variant of its method."""
+    compat.forget_loaders()
+    out_config = compat.output_config(config, architecture, options.trust_remote_code)
+    cache = compat.set_loader_options(options)
+    references = config.referenced_models()
+    headers = {r: cache.get(r).index.tensor_paths for r in references}
+    method = fast_method(config.merge_method, options.random_seed or 0)
+    variant = config.model_copy(update={"merge_method": method.spec.name})
+    tasks = compat.plan_tasks(variant, architecture, options, out_config, headers)
+    trust = options.trust_remote_code
+    types = {r: getattr(r.config(trust_remote_code=trust), "model_type", "") for r in references}
+    base = config.base_model
+    return streaming.Work(
+        tasks, types, base, config, architecture, out_config, JobOptions(), hashes=False
+    )
+
+
+def _merge(
+    work: streaming.Work, config: MergeConfiguration, out: Path, options: MergeOptions, source: str
+) -> None:
+    cache = compat.set_loader_options(options)
+    indices = [cache.get(r).index for r in work.types]
+    files = sorted({Path(i.base_path) / f for i in indices for f in i.tensor_paths.values()})
+    job = hashlib.sha256(f"{source}\0{options.random_seed}\0fast".encode()).hexdigest()
+    total = 0 if options.quiet else sum(f.stat().st_size for f in files) // max(1, len(work.types))
+    with staging.staged(out, job, journal.NAME) as partial:
+        identity = merge_identity(job, files)
+        with present.byte_progress("merging", total) as advance:
+            streaming.merge(work, partial, options, identity, advance)
+        if options.write_model_card:
+            compat.write_card(config, source, partial, out.name)
+            with (partial / "README.md").open("a", encoding="utf-8") as card:
+                card.write(
+                    f"\nMerged with the {_said(config.merge_method)} of mergekit-unconstrained "
+                    f"{__version__}.\n"
+                )

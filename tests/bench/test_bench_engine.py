@@ -1,0 +1,287 @@
+"""The engine and the fast kernels beside mergekit's executor and kernels (`make bench`).
+
+Every piece (a method, a dtype, ours or mergekit's) runs in a process forked from one that has
+imported everything, so that its CPU seconds and peak memory are those of the work: planning,
+reading, merging, writing. Results are kept in a JSON file as they come, and a second run does only
+what is missing: MERGEKIT_UNCONSTRAINED_BENCH_RESULTS names it (engine-SIZE.json in the current
+directory by default). MERGEKIT_UNCONSTRAINED_BENCH chooses the size, ..._METHODS and ..._DTYPES a
+comma-separated list, ..._REPEATS how often everything runs. Nothing is asserted about time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import pytest
+import yaml
+
+pytestmark = pytest.mark.bench
+
+SIZE = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH", "84M")
+REPEATS = int(os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_REPEATS", "3"))
+RESULTS = Path(os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_RESULTS", f"engine-{SIZE}.json"))
+DTYPES = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_DTYPES", "bfloat16,float32").split(",")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"weight": 0.3},
+    "task_arithmetic": {"weight": 0.3},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.3},
+    "model_stock": {},
+    "karcher": {},
+    "ties": {"weight": 0.3, "density": 0.2},
+    "breadcrumbs": {"weight": 0.3, "density": 0.7},
+    "breadcrumbs_ties": {"weight": 0.3, "density": 0.7},
+    "sce": {"select_topk": 0.5},
+    "dare_linear": {"weight": 0.3, "density": 0.5},
+    "dare_ties": {"weight": 0.3, "density": 0.5},
+    "della": {"weight": 0.3, "density": 0.5},
+    "della_linear": {"weight": 0.3, "density": 0.5},
+}
+EXPERTS = {"slerp": 1, "nuslerp": 2}
+CHOSEN = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_METHODS", ",".join(METHODS)).split(",")
+
+
+def recipe_of(method: str, base: Path, experts: list[Path]) -> dict[str, Any]:
+    own = {k: v for k, v in METHODS[method].items() if k in ("weight", "density")}
+    shared = {k: v for k, v in METHODS[method].items() if k not in own}
+    models = [
+        {"model": str(e), **({"parameters": own} if own else {})}
+        for e in experts[: EXPERTS.get(method, len(experts))]
+    ]
+    recipe = {"merge_method": method, "models": models, "parameters": shared}
+    if method not in ("linear", "karcher"):
+        recipe["base_model"] = str(base)
+    return recipe
+
+
+class Results:
+    """Lists of measurements by name, on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: dict[str, list[Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def of(self, name: str) -> list[Any]:
+        return self._held.get(name, [])
+
+    def add(self, name: str, value: Any) -> None:
+        self._held.setdefault(name, []).append(value)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(self._held, indent=1))
+        partial.replace(self._path)
+
+
+def forked(work: Callable[[], Any], warm: Callable[[], Any]) -> dict[str, float]:
+    """What `work` takes in a process of its own: CPU seconds, wall seconds, peak MiB.
+
+    warm: does the same on little, so that what forking puts off is not counted.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            warm()
+            cpu, wall = time.process_time(), time.monotonic()
+            work()
+            took = {"cpu": time.process_time() - cpu, "wall": time.monotonic() - wall}
+            os.write(writing, json.dumps(took).encode())
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    os.close(writing)
+    _, status, usage = os.wait4(child, 0)
+    with os.fdopen(reading, "rb") as stream:
+        took = stream.read()
+    assert status == 0
+    return {**json.loads(took), "mib": usage.ru_maxrss / 2**10}
+
+
+def merge(recipe: dict[str, Any], out: Path, *, ours: bool) -> None:
+    import torch
+
+    from mergekit_unconstrained import _activate, compat
+    from mergekit_unconstrained.jobs import fast
+
+    _activate.install()
+    torch.set_num_threads(1)  # more would wait for each other on two busy cores
+    options = compat.MergeOptions(
+        quiet=True, write_model_card=False, copy_tokenizer=False, device="cpu"
+    )
+    config = compat.MergeConfiguration.model_validate(recipe)
+    if ours:
+        fast.run(compat.run_merge, config, out, options, None)
+    else:
+        compat.run_merge(config, str(out), options)
+
+
+def difference(ours: Path, theirs: Path) -> dict[str, float]:
+    """The share of entries that differ, and the norm of the difference by that of the result."""
+    from safetensors import safe_open
+
+    entries = differ = 0
+    square = total = 0.0
+    with safe_open(ours, "pt") as a, safe_open(theirs, "pt") as b:
+        for name in a.keys():  # noqa: SIM118
+            x, y = a.get_tensor(name), b.get_tensor(name)
+            entries += x.numel()
+            differ += int((x != y).sum())
+            square += float((x.double() - y.double()).square().sum())
+            total += float(y.double().square().sum())
+    return {"differ": differ / entries, "relative": (square / total) ** 0.5}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_methods(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    small = measure.random_llamas(tmp_path / _made(tmp_path, "small"), "tiny", dtype=dtype)
+    for who in (True, False):
+        merge(recipe_of("linear", *small), tmp_path / f"warm{who}", ours=who)
+    results = Results(RESULTS)
+    models = None
+    for repeat in range(REPEATS):
+        for method in CHOSEN:
+            name = f"{dtype} {method}"
+            if len(results.of(f"{name} theirs")) > repeat:
+                continue
+            models = models or measure.random_llamas(
+                tmp_path / _made(tmp_path, "models"), SIZE, dtype=dtype
+            )
+            recipe = recipe_of(method, *models)
+            (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+            measured = {}
+            for who in ("ours", "theirs"):
+                out = tmp_path / who
+                shutil.rmtree(out, ignore_errors=True)
+                little = {**recipe_of(method, *small), "dtype": dtype}
+                measured[who] = forked(
+                    lambda recipe=recipe, out=out, who=who: merge(recipe, out, ours=who == "ours"),
+                    lambda little=little, who=who: merge(
+                        little, tmp_path / "warm" / f"{time.monotonic_ns()}", ours=who == "ours"
+                    ),
+                )
+            if not results.of(f"{name} difference"):
+                files = [tmp_path / who / "model.safetensors" for who in ("ours", "theirs")]
+                results.add(f"{name} difference", difference(*files))
+            for who, usage in measured.items():
+                results.add(f"{name} {who}", usage)
+            with capsys.disabled():
+                print(f"\n{name}: {measured}", flush=True)
+    with capsys.disabled():
+        print("\n" + table(results, dtype))
+
+
+def _made(parent: Path, name: str) -> str:
+    (parent / name).mkdir()
+    return name
+
+
+def table(results: Results, dtype: str) -> str:
+    lines = [
+        f"{SIZE} parameters, {dtype}, work only (forked after imports), medians",
+        f"{'':18}{'CPU s':>18}{'':7}{'peak MiB':>14}{'entries':>9}{'relative':>10}",
+        f"{'':18}{'mergekit':>10}{'ours':>8}{'ratio':>7}{'theirs':>7}{'ours':>7}"
+        f"{'differ':>9}{'distance':>10}",
+    ]
+    for method in METHODS:
+        theirs, ours = (results.of(f"{dtype} {method} {who}") for who in ("theirs", "ours"))
+        if not theirs or not ours:
+            continue
+        cpu = [statistics.median(u["cpu"] for u in found) for found in (theirs, ours)]
+        mib = [max(u["mib"] for u in found) for found in (theirs, ours)]
+        (apart,) = results.of(f"{dtype} {method} difference")[:1]
+        lines.append(
+            f"{method:18}{cpu[0]:10.2f}{cpu[1]:8.2f}{cpu[0] / cpu[1]:7.1f}{mib[0]:7.0f}"
+            f"{mib[1]:7.0f}{apart['differ']:9.2%}{apart['relative']:10.1e}"
+        )
+    return "\n".join(lines)
+
+
+# -- many small tensors ---------------------------------------------------------------------------
+
+LAYERS = {"1,000": 111, "4,000": 444, "16,000": 1_777}
+
+
+def test_many_small_tensors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Growth with the number of tensors: nine of 8 x 8 a layer. mergekit up to 4,000 only."""
+    merge(
+        recipe_of("linear", *measure.random_llamas(tmp_path / _made(tmp_path, "small"), "tiny")),
+        tmp_path / "warm",
+        ours=True,
+    )
+    results = Results(RESULTS)
+    for count, layers in LAYERS.items():
+        measure.SIZES[count] = {"hidden_size": 16, "num_hidden_layers": layers, "vocab_size": 16}
+        models = None
+        for who in ("ours", "theirs") if layers < 1_000 else ("ours",):
+            if results.of(f"tensors {count} {who}"):
+                continue
+            models = models or measure.random_llamas(
+                tmp_path / _made(tmp_path, count), count, experts=2
+            )
+            recipe = recipe_of("linear", *models)
+            usage = forked(
+                lambda recipe=recipe, who=who, count=count: merge(
+                    recipe, tmp_path / f"{who}{count}", ours=who == "ours"
+                ),
+                lambda: None,
+            )
+            results.add(f"tensors {count} {who}", usage)
+    lines = [f"{'tensors':>10}{'ours, CPU s':>14}{'mergekit, CPU s':>18}"]
+    for count in LAYERS:
+        found = [results.of(f"tensors {count} {who}") for who in ("ours", "theirs")]
+        lines.append(
+            f"{count:>10}" + "".join(f"{f[0]['cpu']:14.1f}    " if f else " not run" for f in found)
+        )
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
+# -- the whole command ----------------------------------------------------------------------------
+
+
+def test_whole_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Start-up included: our front door with --fast, and mergekit-yaml without the hook."""
+    models = measure.random_llamas(tmp_path / _made(tmp_path, "models"), SIZE)
+    options = ["--quiet", "--no-write-model-card", "--no-copy-tokenizer"]
+    results = Results(RESULTS)
+    entry = "from mergekit_unconstrained.cli import main; main()"
+    commands = {
+        "theirs": [sys.executable, "-m", "mergekit.scripts.run_yaml", "recipe.yml", "out"],
+        "ours": [sys.executable, "-c", entry, "yaml", "recipe.yml", "out", "--fast"],
+    }
+    lines = ["whole command, bf16, CPU s (median) and peak MiB: mergekit-yaml, ours, ratios"]
+    for method in (m for m in ("linear", "ties") if m in CHOSEN):
+        (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe_of(method, *models)))
+        for repeat in range(REPEATS):
+            for who, command in commands.items():
+                if len(results.of(f"whole {method} {who}")) > repeat:
+                    continue
+                shutil.rmtree(tmp_path / "out", ignore_errors=True)
+                usage = measure.usage_of(
+                    [*command, *options], plugins=who == "ours", folder=tmp_path
+                )
+                results.add(f"whole {method} {who}", vars(usage))
+        cpu, mib = (
+            [
+                statistics.median(u[key] for u in results.of(f"whole {method} {who}"))
+                for who in commands
+            ]
+            for key in ("cpu_seconds", "peak_mib")
+        )
+        lines.append(
+            f"{method:18}{cpu[0]:8.2f}{cpu[1]:8.2f}{cpu[0] / cpu[1]:7.2f}"
+            f"{mib[0]:8.0f}{mib[1]:8.0f}{mib[1] / mib[0]:7.2f}"
+        )
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
