@@ -16,6 +16,9 @@ from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.fusion.stages import Run
 from mergekit_unconstrained.jobs.weights import RunMerge, merge_into
 
+SHARING = frozenset({"sce", "sce_dense", "varm"})
+"""Operators that share out among the experts themselves, and so are published with weights of 1."""
+
 
 def merge_targets(
     run: Run,
@@ -35,14 +38,19 @@ def merge_targets(
 
 
 def targets_recipe(run: Run, models: dict[str, Path], options: MergeOptions) -> str:
-    """The recipe: the pivot as base, the targets as experts."""
+    """The recipe: the pivot as base, the targets as experts.
+
+    The sources' weights become the targets', with a mean of 1 for the operators that share out by
+    themselves, a sum of 1 for the others: equal targets give that target in either case.
+    """
     kind = run.settings.post_merge
     weights = {m.name: m.weight for m in run.sources}
     total = sum(weights.get(name, 1.0) for name in models) or 1.0
+    scale = (len(models) if kind in SHARING else 1) / total
     experts = [
         {
             "model": str(folder.absolute()),
-            "parameters": {"weight": weights.get(name, 1.0) / total},
+            "parameters": {"weight": weights.get(name, 1.0) * scale},
         }
         for name, folder in models.items()
     ]
