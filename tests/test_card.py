@@ -525,6 +525,21 @@ def test_every_value_of_the_template_passes_through_a_filter():
                 assert isinstance(node, jinja2.nodes.TemplateData)
 
 
+def test_a_model_that_may_not_be_shared_is_under_no_parents_licence(tmp_path):
+    for licence, said in (("cc-by-nd-4.0", "forbids to share"), ("gpl-3.0", "None that keeps all")):
+        parents = (
+            Parent("base", Source("o/b", "o/b", licence="cc-by-nc-4.0")),
+            Parent("expert", Source("o/e", "o/e", licence=licence)),
+        )
+        write(tmp_path, least(parents=parents))
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert metadata(text)["license"] == "other"
+        assert metadata(text)["license_name"] != licence
+        assert metadata(text)["license_link"] == "LICENSE.md"
+        assert said in text
+        assert "o/e" in (tmp_path / "LICENSE.md").read_text(encoding="utf-8")
+
+
 # -- templates of users, writing ----------------------------------------------------------------
 
 
