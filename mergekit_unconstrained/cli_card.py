@@ -65,7 +65,9 @@ def card(
     """Write the README.md of DIR again, from its provenance.json, recipe and reports alone."""
     from mergekit_unconstrained.hub import facts, licences
     from mergekit_unconstrained.hub.folder_facts import rewrite
+    from mergekit_unconstrained.hub.names import check_tag_name
 
+    check_tag_name(tag, branch=True)
     for name in filter(None, (repo_id, *quantised)):
         if not facts.is_hub_id(name) or "/" not in name:
             raise click.BadParameter(f"{name!r} is no ORG/NAME of the Hub")
