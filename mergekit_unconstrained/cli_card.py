@@ -37,12 +37,30 @@ PARENT = click.option(
 )
 
 
+def _print_template(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the template and end, whatever else is said."""
+    if not wanted or ctx.resilient_parsing:
+        return
+    from mergekit_unconstrained.hub.card import packaged_template
+
+    click.echo(packaged_template(), nl=False)
+    ctx.exit()
+
+
 @click.command()
 @FOLDER
 @click.option(
+    "--print-template",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_template,
+    help="Print our template, to begin a new one with, and end.",
+)
+@click.option(
     "--template",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="A Jinja template instead of ours; it runs in a sandbox.",
+    help="A Jinja template instead of ours, in a sandbox; it may include or extend merge.md.j2.",
 )
 @click.option("--repo", "repo_id", metavar="ORG/NAME", help="Where the model is, for the snippet.")
 @click.option("--tag", help="The tag or branch there that the snippet is pinned to.")

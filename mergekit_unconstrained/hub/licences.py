@@ -26,6 +26,7 @@ __all__ = [
     "Status",
     "Verdict",
     "distillation",
+    "is_known",
     "kept_private",
     "named",
     "told",
@@ -124,6 +125,11 @@ def told(found: Verdict) -> tuple[str, ...]:
         *(f"- duty: {duty}" for duty in found.duties),
         NOT_LEGAL_ADVICE,
     )
+
+
+def is_known(licence: str | None) -> bool:
+    """Whether there is a rule for a licence, as a card declares it."""
+    return _rule(licence) is not None
 
 
 def distillation(model: str, licence: str | None) -> str | None:
