@@ -236,8 +236,9 @@ def test_what_allows_no_derivatives_is_said_and_never_proposed_for_the_public(
         assert "the licences forbid to publish this" in public
         assert "need a look" not in public
         assert "--i-checked-the-licences" not in public
-        planned = merge(recipe(push_to_hub=None, dry_run=True)).output
-        assert planned.count("the result is private only (refused): ") == 1
+        for method in ("layerwise", "unconstrained"):
+            planned = merge(recipe(method, push_to_hub=None, dry_run=True)).output
+            assert planned.count("the result is private only (refused): ") == 1
         done = merge(recipe())
         assert done.exit_code == 0, done.output
         assert done.output.count("the result is private only (refused): ") == 1
