@@ -197,17 +197,17 @@ def check_agreement_of_experts(plan: Plan, tasks: list[compat.PlannedTask]) -> N
 def check_swapped_layers(plan: Plan, tasks: list[compat.PlannedTask]) -> None:
     """Whether the model is as deep as the layers that `layer_swap` counts from both ends."""
     for task, tensor in zip(tasks, plan.tensors, strict=True):
-        counts = [task.parameters.get(name) for name in ("bottom", "top", "transition")]
         depth = tensor.role.depth
-        if None in counts or not depth or counts[0] + counts[1] + 2 * counts[2] <= depth:
+        if not {"bottom", "top", "transition"} <= task.parameters.keys() or not depth:
             continue
-        bottom, top, transition = counts
-        plan.document.fail(
-            ("parameters",),
-            f"{bottom} layers at the bottom, {top} at the top and {transition} averaged on each "
-            f"side are more than the {depth} layers of this model: lower `bottom`, `top` or "
-            "`transition`",
-        )
+        bottom, top, transition = (task.parameters[n] for n in ("bottom", "top", "transition"))
+        if bottom + top + 2 * transition > depth:
+            plan.document.fail(
+                ("parameters",),
+                f"{bottom} layers at the bottom, {top} at the top and {transition} averaged on "
+                f"each side are more than the {depth} layers of this model: lower `bottom`, `top` "
+                "or `transition`",
+            )
 
 
 def name_what_is_missing(
