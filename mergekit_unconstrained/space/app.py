@@ -568,7 +568,7 @@ class _Acts:
             if repository.strip():
                 self.desk.check_access(repository, token, private=private)
             for job, seen in self.desk.run(state, found, name, owner, token):
-                words = views.progress(seen, job.cancelled)
+                words = views.progress(seen, job.cancelled, job.out if self.desk.settings.results else None)
                 log = "\n".join(seen.lines)
                 if seen.returncode is None:
                     yield [words, log, off, on, gr.update(visible=False), "", off]

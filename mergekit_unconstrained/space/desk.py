@@ -41,6 +41,11 @@ class Settings:
     limit: int = 8 * 2**30
     hosted: bool = False
 
+    @property
+    def results(self) -> Path | None:
+        """Where results stay when the page is closed; None where strangers would leave theirs."""
+        return None if self.hosted else self.work_dir.resolve() / "results"
+
 
 @dataclass(frozen=True)
 class View:
@@ -63,7 +68,9 @@ class Desk:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         settings.models_dir.mkdir(parents=True, exist_ok=True)
-        self.jobs = Jobs(settings.work_dir / "jobs", separate=settings.hosted)
+        self.jobs = Jobs(
+            settings.work_dir / "jobs", separate=settings.hosted, results=settings.results
+        )
 
     # -- parents -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from mergekit_unconstrained import present
 from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE
@@ -32,6 +33,7 @@ STATUS = {
     "conflict": ("bad", "Licence: conflict"),
     "refused": ("bad", "Licence: refused"),
 }
+STARTING = "Starting: loading takes about half a minute"
 
 
 def text(value: object) -> str:
@@ -113,14 +115,14 @@ def heat_map(view: View | None) -> str:
     )
 
 
-def progress(seen: Progress | None, cancelled: bool = False) -> str:
-    """How far a merge is."""
+def progress(seen: Progress | None, cancelled: bool = False, kept: Path | None = None) -> str:
+    """How far a merge is. kept: where the result stays, None where it goes with the page."""
     if seen is None:
         return ""
     percent = round(100 * seen.fraction)
     time = present.duration(seen.seconds)
     if seen.returncode is None:
-        words, kind = (f"Merging, {percent} %" if percent else "Starting"), "info"
+        words, kind = (f"Merging, {percent} %" if percent else STARTING), "info"
     elif seen.returncode == 0:
         words, kind = "Merged", "ok"
     elif cancelled:
@@ -128,9 +130,15 @@ def progress(seen: Progress | None, cancelled: bool = False) -> str:
     else:
         last = seen.lines[-1] if seen.lines else "no word was left"
         words, kind = f"Failed: {last}", "bad"
+    place = ""
+    if seen.returncode == 0 and kept is not None:
+        place = (
+            f'<p class="mku-place">The result is in <code>{text(kept)}</code> and stays there when '
+            "this page is closed.</p>"
+        )
     return (
         f'<div class="mku-box mku-{kind}" role="status">{text(words)} <span class="mku-small">'
-        f"({text(time)})</span>"
+        f"({text(time)})</span>{place}"
         f'<div class="mku-bar" role="progressbar" aria-label="Progress of the merge" '
         f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent}">'
         f'<div style="width:{percent}%"></div></div></div>'
@@ -229,6 +237,7 @@ STYLE = """
 .mku-look { border-left-color: #b45309; }
 .mku-bad { border-left-color: #b91c1c; }
 .mku-small { font-size: .85rem; color: var(--body-text-color-subdued); margin: .4rem 0 0; }
+.mku-place { margin: .4rem 0 0; }
 .mku-bar { height: 8px; border-radius: 4px; background: var(--border-color-primary);
   margin-top: .5rem; overflow: hidden; }
 .mku-bar div { height: 100%; background: #0f766e; transition: width .3s; }

@@ -101,6 +101,8 @@ def test_a_merge_its_card_and_its_end(space, models_dir):
     assert str(models_dir) not in log
     assert str(job.folder) not in log
     assert not (job.folder / "tmp").exists()
+    assert job.out == space.settings.work_dir.resolve() / "results" / "my-merge"
+    assert f"{job.out}</code> and stays" in views.progress(seen, kept=job.out)
     assert (job.out / "model.safetensors").is_file()
     card = space.card("me")
     assert card.startswith("# my-merge")
@@ -111,6 +113,7 @@ def test_a_merge_its_card_and_its_end(space, models_dir):
         space.push(found, "me/merged", "me", None)
     space.jobs.leave("me")
     assert not job.folder.exists()
+    assert (job.out / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "x" * 97, ".hidden", "a\nb", "-rf"])
