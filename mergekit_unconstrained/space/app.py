@@ -140,9 +140,7 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
 
         _step("5 Card and push", "What the model says of itself, then your repository.")
         with gr.Accordion("Card", open=True, visible=False) as card_box:
-            card = gr.Markdown(
-                sanitize_html=True, latex_delimiters=[], max_height=640, elem_id="card"
-            )
+            card = gr.Markdown(sanitize_html=True, latex_delimiters=[], elem_id="card")
         with gr.Row():
             repository = gr.Textbox(
                 label="Repository",
@@ -201,17 +199,25 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
             trigger_mode="always_last",
             **hidden,
         )
+        gr.on(
+            [repository.change, tag.change],
+            acts.card,
+            [repository, tag],
+            [card],
+            trigger_mode="always_last",
+            **hidden,
+        )
         download.click(None, [recipe], None, js=DOWNLOAD.replace("NAME", "recipe.yml"))
         save.click(None, [script], None, js=DOWNLOAD.replace("NAME", "merge_job.py"))
         run.click(
             acts.merge,
-            [found, state, name, repository, private],
+            [found, state, name, repository, private, tag],
             [progress, log, run, cancel, card_box, card, push],
             concurrency_limit=8,
             **hidden,
         )
         cancel.click(acts.cancel, None, [cancel], queue=False, **PRIVATE)
-        push.click(acts.push, [found, repository, private, tag, checked], [pushed], **PRIVATE)
+        push.click(acts.push, [repository, private, tag, checked], [pushed], **PRIVATE)
         page.load(acts.lists, None, [base, experts, bases], **hidden)
         page.unload(acts.leave)
     return page
@@ -557,6 +563,7 @@ class _Acts:
         name: str,
         repository: str,
         private: bool,
+        tag: str,
     ) -> Iterator[list[Any]]:
         """Run the merge and show how far it is."""
         owner, token = self._who(request, profile, oauth)
@@ -568,16 +575,19 @@ class _Acts:
             if repository.strip():
                 self.desk.check_access(repository, token, private=private)
             for job, seen in self.desk.run(state, found, name, owner, token):
-                words = views.progress(seen, job.cancelled, job.out if self.desk.settings.results else None)
+                words = views.progress(
+                    seen, job.cancelled, job.out if self.desk.settings.results else None
+                )
                 log = "\n".join(seen.lines)
                 if seen.returncode is None:
                     yield [words, log, off, on, gr.update(visible=False), "", off]
                 elif job.succeeded:
-                    yield [words, log, on, off, gr.update(visible=True), self.desk.card(owner), on]
+                    card = self.desk.card(owner, repository, tag)
+                    yield [words, log, on, off, gr.update(visible=True), card, on]
                 else:
                     yield [words, log, on, off, gr.update(visible=False), "", off]
         except UnconstrainedError as error:
-            yield [views.message(str(error), "bad"), "", on, off, *[gr.skip()] * 3]
+            yield [views.failure(error), "", on, off, *[gr.skip()] * 3]
 
     def cancel(
         self,
@@ -594,7 +604,6 @@ class _Acts:
         request: gr.Request,
         profile: gr.OAuthProfile | None,
         oauth: gr.OAuthToken | None,
-        found: Verdict | None,
         repository: str,
         private: bool,
         tag: str,
@@ -602,15 +611,31 @@ class _Acts:
     ) -> str:
         """Push the finished merge with the rights of whoever asks."""
         owner, token = self._who(request, profile, oauth)
-        if found is None:
-            return views.message("There is nothing to push yet.", "bad")
         try:
+            if not private:
+                stop = views.not_public(self.desk.licence(owner, repository), checked)
+                if stop:
+                    return stop
             url = self.desk.push(
-                found, repository, owner, token, private=private, tag=tag, acknowledged=checked
+                repository, owner, token, private=private, tag=tag, acknowledged=checked
             )
         except UnconstrainedError as error:
-            return views.message(str(error), "bad")
+            return views.failure(error)
         return views.pushed(url)
+
+    def card(
+        self,
+        request: gr.Request,
+        profile: gr.OAuthProfile | None,
+        oauth: gr.OAuthToken | None,
+        repository: str,
+        tag: str,
+    ) -> Any:
+        """The card with the name and the tag that were typed, where there is one."""
+        try:
+            return self.desk.card(self._who(request, profile, oauth)[0], repository, tag)
+        except UnconstrainedError:
+            return gr.skip()
 
     def leave(self, request: gr.Request) -> None:
         """The tab is gone: what nobody can see any more is stopped and removed."""

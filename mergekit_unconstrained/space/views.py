@@ -10,7 +10,7 @@ from mergekit_unconstrained import present
 from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE
 from mergekit_unconstrained.hub.licences import Verdict as Licence
 from mergekit_unconstrained.hub.markdown import one_line
-from mergekit_unconstrained.space.desk import View, as_data_url
+from mergekit_unconstrained.space.desk import TICK, View, as_data_url
 from mergekit_unconstrained.space.inspect import Model, Verdict
 from mergekit_unconstrained.space.runner import Progress
 
@@ -112,6 +112,30 @@ def heat_map(view: View | None) -> str:
         '<div class="mku-scroll" tabindex="0" role="region" aria-label="Heat map of the weights">'
         f'<img src="{as_data_url(view.picture)}" alt="Weight of every expert by layer (across) and '
         'kind of tensor (down); the same numbers are in the recipe."></div>'
+    )
+
+
+def failure(error: Exception) -> str:
+    """An error in a box, as a sentence."""
+    words = str(error)
+    first = words.partition(" ")[0]
+    plain = first.isascii() and first.isalpha() and first.islower()  # no name, no file, no key
+    return message(words[:1].upper() + words[1:] if plain else words, "bad")
+
+
+def not_public(found: Licence, checked: bool) -> str:
+    """Why a result is not pushed for everybody, "" where it may be. checked: the box is ticked."""
+    if found.may_be_public or (checked and found.status != "refused"):
+        return ""
+    if found.status == "refused":
+        lead, then = "The licences forbid to publish this.", "Push it privately."
+    else:
+        lead = f"The licences need a look before this is public ({found.status})."
+        then = f"Push it privately, or read them and {TICK}."
+    return (
+        f'<div class="mku-box mku-bad" role="alert"><strong>{text(lead)}</strong>'
+        f'{_items(found.reasons)}<p class="mku-place">{text(then)}</p>'
+        f'<p class="mku-small">{text(NOT_LEGAL_ADVICE)}</p></div>'
     )
 
 
