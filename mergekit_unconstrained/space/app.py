@@ -65,6 +65,7 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
             base = _models(desk, "Base model, or pivot of a fusion", "base", False)
             experts = _models(desk, "Experts", "experts", True)
         bases = _models(desk, "Bases of other groups", "bases", True, visible=False)
+        none_here = gr.HTML(acts.hint(), elem_id="no-models")
         with gr.Row(elem_classes="mku-row"):
             words = gr.Textbox(
                 label="Search the Hub",
@@ -102,12 +103,12 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
                     label="recipe.yml",
                     language="yaml",
                     interactive=False,
-                    lines=10,
+                    lines=2,
                     max_lines=26,
                     elem_classes="mku-code",
                     elem_id="recipe",
                 )
-                recipe_state = gr.HTML(elem_id="recipe-state")
+                recipe_state = gr.HTML(views.recipe_state(None), elem_id="recipe-state")
                 download = gr.Button("Download recipe.yml", size="sm", elem_id="download")
                 picture = gr.HTML(elem_id="heatmap")
         own, own_use, own_drop = _own()
@@ -218,7 +219,7 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
         )
         cancel.click(acts.cancel, None, [cancel], queue=False, **PRIVATE)
         push.click(acts.push, [repository, private, tag, checked], [pushed], **PRIVATE)
-        page.load(acts.lists, None, [base, experts, bases], **hidden)
+        page.load(acts.lists, None, [base, experts, bases, none_here], **hidden)
         page.unload(acts.leave)
     return page
 
@@ -238,10 +239,16 @@ def serve(settings: Settings, port: int | None = None, open_browser: bool = Fals
             state_session_capacity=200,
             ssr_mode=False,
             footer_links=[],
+            quiet=True,  # no advice to make a public link of it
+            prevent_thread_lock=True,
             theme=theme(),
             css=views.STYLE,
             blocked_paths=[str(settings.work_dir.resolve()), str(settings.models_dir.resolve())],
         )
+        print(f"The page is at {page.local_url}; Ctrl-C ends it.", flush=True)
+        if settings.results is not None:
+            print(f"What is merged there stays in {settings.results}.", flush=True)
+        page.block_thread()
     finally:
         desk.jobs.close()
 
@@ -432,8 +439,13 @@ class _Acts:
         return f"tab:{request.session_hash}", None
 
     def lists(self) -> list[Any]:
-        """The models that lie here now, for the three lists."""
-        return [gr.update(choices=self.desk.choices())] * 3
+        """The models that lie here now, for the three lists, and what to do if there are none."""
+        return [*[gr.update(choices=self.desk.choices())] * 3, self.hint()]
+
+    def hint(self) -> str:
+        """How models get into the lists, while there are none."""
+        settings = self.desk.settings
+        return "" if self.desk.choices() else views.no_models(settings.models_dir, settings.hosted)
 
     def choose(
         self,
@@ -477,7 +489,8 @@ class _Acts:
 
     def _shown(self, state: State | None, found: Verdict | None) -> list[Any]:
         if state is None or found is None:
-            return [None, "", "", "", views.where(None), "", gr.update(interactive=False)]
+            nothing = views.where(None), views.recipe_state(None), gr.update(interactive=False)
+            return [None, "", "", "", *nothing]
         view = self.desk.view(state, found)
         return [
             state,

@@ -60,6 +60,17 @@ def verdict(found: Verdict | None) -> str:
     return "".join(parts)
 
 
+def no_models(folder: Path, hosted: bool) -> str:
+    """How models get into the lists."""
+    hub = "type org/name of the Hub, or search for it below."
+    if hosted:
+        return message(f"No models lie here: {hub}")
+    return message(
+        f"No models were found in {folder}: start with --models-dir FOLDER, where every model is a "
+        f"folder with config.json and safetensors; or {hub}"
+    )
+
+
 def licence(found: Licence) -> str:
     """What may be done with the result, and that this is no legal advice."""
     kind, words = STATUS[found.status]
@@ -96,7 +107,7 @@ def where(view: View | None) -> str:
 def recipe_state(view: View | None) -> str:
     """Whether the recipe passed the strict check."""
     if view is None:
-        return ""
+        return message("The recipe is written here when models are chosen.")
     return (
         message(view.problem, "bad")
         if view.problem
@@ -109,6 +120,7 @@ def heat_map(view: View | None) -> str:
     if view is None or view.picture is None:
         return ""
     return (
+        '<p class="mku-small mku-narrow">Wider than the screen: scroll it sideways ⟷</p>'
         '<div class="mku-scroll" tabindex="0" role="region" aria-label="Heat map of the weights">'
         f'<img src="{as_data_url(view.picture)}" alt="Weight of every expert by layer (across) and '
         'kind of tensor (down); the same numbers are in the recipe."></div>'
@@ -267,12 +279,17 @@ STYLE = """
 .mku-bar div { height: 100%; background: #0f766e; transition: width .3s; }
 .mku-scroll { overflow-x: auto; background: #fff; border-radius: 8px; padding: .3rem;
   contain: inline-size; }
+.mku-scroll::-webkit-scrollbar { height: 10px; }
+.mku-scroll::-webkit-scrollbar-track { background: #e2e8f0; border-radius: 5px; }
+.mku-scroll::-webkit-scrollbar-thumb { background: #0f766e; border-radius: 5px; }
+.mku-narrow { display: none; }
 .mku-expert { border: 1px solid var(--border-color-primary) !important; }
 .mku-scroll img { min-width: 480px; max-width: min(100%, 760px); height: auto; display: block; }
 .mku-code { contain: inline-size; }
 #card { contain: inline-size; overflow-wrap: anywhere; }
 #card pre, #card table { overflow-x: auto; max-width: 100%; }
-#card table { display: block; }
+#card table { display: block; border: 0; }
+#card thead, #card tbody, #card tr { border: 0; }
 #card td, #card th { min-width: 4.5rem; overflow-wrap: normal; }
 #card th { white-space: nowrap; }
 .mku-row { align-items: flex-end; }
@@ -286,6 +303,7 @@ STYLE = """
   clip-path: inset(50%); }
 :focus-visible { outline: 3px solid #0f766e !important; outline-offset: 2px; }
 @media (max-width: 640px) {
+  .mku-narrow { display: block; }
   .mku-table thead { display: none; }
   .mku-table tr { display: block; border: 1px solid var(--border-color-primary) !important;
     border-radius: 8px; margin: .45rem 0; padding: .3rem .2rem; }
