@@ -17,7 +17,7 @@ _WHAT_PIP_INSTALLS = "What pip installs there, one line; the release of this ver
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("space-work"),
     show_default=True,
-    help="Where jobs and their results live.",
+    help="Where jobs run; their results stay in WORK_DIR/results.",
 )
 @click.option(
     "--models-dir",
@@ -44,7 +44,8 @@ def space(
     """Serve the page on this machine, for this machine alone, until Ctrl-C.
 
     Pick models, see whether and how they can be merged, weigh them by sliders, merge small ones,
-    get commands for big ones, push with your token. Needs the extra `space`.
+    get commands for big ones, push with your token. Results go to WORK_DIR/results/NAME and stay
+    there when the page is closed (NAME-2 where NAME is taken). Needs the extra `space`.
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -65,6 +65,7 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
             base = _models(desk, "Base model, or pivot of a fusion", "base", False)
             experts = _models(desk, "Experts", "experts", True)
         bases = _models(desk, "Bases of other groups", "bases", True, visible=False)
+        none_here = gr.HTML(acts.hint(), elem_id="no-models")
         with gr.Row(elem_classes="mku-row"):
             words = gr.Textbox(
                 label="Search the Hub",
@@ -102,12 +103,12 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
                     label="recipe.yml",
                     language="yaml",
                     interactive=False,
-                    lines=10,
+                    lines=2,
                     max_lines=26,
                     elem_classes="mku-code",
                     elem_id="recipe",
                 )
-                recipe_state = gr.HTML(elem_id="recipe-state")
+                recipe_state = gr.HTML(views.recipe_state(None), elem_id="recipe-state")
                 download = gr.Button("Download recipe.yml", size="sm", elem_id="download")
                 picture = gr.HTML(elem_id="heatmap")
         own, own_use, own_drop = _own()
@@ -140,9 +141,7 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
 
         _step("5 Card and push", "What the model says of itself, then your repository.")
         with gr.Accordion("Card", open=True, visible=False) as card_box:
-            card = gr.Markdown(
-                sanitize_html=True, latex_delimiters=[], max_height=640, elem_id="card"
-            )
+            card = gr.Markdown(sanitize_html=True, latex_delimiters=[], elem_id="card")
         with gr.Row():
             repository = gr.Textbox(
                 label="Repository",
@@ -201,18 +200,26 @@ def build(desk: Desk, token: Callable[[], str | None] = huggingface_hub.get_toke
             trigger_mode="always_last",
             **hidden,
         )
+        gr.on(
+            [repository.change, tag.change],
+            acts.card,
+            [repository, tag],
+            [card],
+            trigger_mode="always_last",
+            **hidden,
+        )
         download.click(None, [recipe], None, js=DOWNLOAD.replace("NAME", "recipe.yml"))
         save.click(None, [script], None, js=DOWNLOAD.replace("NAME", "merge_job.py"))
         run.click(
             acts.merge,
-            [found, state, name, repository, private],
+            [found, state, name, repository, private, tag],
             [progress, log, run, cancel, card_box, card, push],
             concurrency_limit=8,
             **hidden,
         )
         cancel.click(acts.cancel, None, [cancel], queue=False, **PRIVATE)
-        push.click(acts.push, [found, repository, private, tag, checked], [pushed], **PRIVATE)
-        page.load(acts.lists, None, [base, experts, bases], **hidden)
+        push.click(acts.push, [repository, private, tag, checked], [pushed], **PRIVATE)
+        page.load(acts.lists, None, [base, experts, bases, none_here], **hidden)
         page.unload(acts.leave)
     return page
 
@@ -232,10 +239,16 @@ def serve(settings: Settings, port: int | None = None, open_browser: bool = Fals
             state_session_capacity=200,
             ssr_mode=False,
             footer_links=[],
+            quiet=True,  # no advice to make a public link of it
+            prevent_thread_lock=True,
             theme=theme(),
             css=views.STYLE,
             blocked_paths=[str(settings.work_dir.resolve()), str(settings.models_dir.resolve())],
         )
+        print(f"The page is at {page.local_url}; Ctrl-C ends it.", flush=True)
+        if settings.results is not None:
+            print(f"What is merged there stays in {settings.results}.", flush=True)
+        page.block_thread()
     finally:
         desk.jobs.close()
 
@@ -426,8 +439,13 @@ class _Acts:
         return f"tab:{request.session_hash}", None
 
     def lists(self) -> list[Any]:
-        """The models that lie here now, for the three lists."""
-        return [gr.update(choices=self.desk.choices())] * 3
+        """The models that lie here now, for the three lists, and what to do if there are none."""
+        return [*[gr.update(choices=self.desk.choices())] * 3, self.hint()]
+
+    def hint(self) -> str:
+        """How models get into the lists, while there are none."""
+        settings = self.desk.settings
+        return "" if self.desk.choices() else views.no_models(settings.models_dir, settings.hosted)
 
     def choose(
         self,
@@ -471,7 +489,8 @@ class _Acts:
 
     def _shown(self, state: State | None, found: Verdict | None) -> list[Any]:
         if state is None or found is None:
-            return [None, "", "", "", views.where(None), "", gr.update(interactive=False)]
+            nothing = views.where(None), views.recipe_state(None), gr.update(interactive=False)
+            return [None, "", "", "", *nothing]
         view = self.desk.view(state, found)
         return [
             state,
@@ -557,6 +576,7 @@ class _Acts:
         name: str,
         repository: str,
         private: bool,
+        tag: str,
     ) -> Iterator[list[Any]]:
         """Run the merge and show how far it is."""
         owner, token = self._who(request, profile, oauth)
@@ -568,16 +588,19 @@ class _Acts:
             if repository.strip():
                 self.desk.check_access(repository, token, private=private)
             for job, seen in self.desk.run(state, found, name, owner, token):
-                words = views.progress(seen, job.cancelled)
+                words = views.progress(
+                    seen, job.cancelled, job.out if self.desk.settings.results else None
+                )
                 log = "\n".join(seen.lines)
                 if seen.returncode is None:
                     yield [words, log, off, on, gr.update(visible=False), "", off]
                 elif job.succeeded:
-                    yield [words, log, on, off, gr.update(visible=True), self.desk.card(owner), on]
+                    card = self.desk.card(owner, repository, tag)
+                    yield [words, log, on, off, gr.update(visible=True), card, on]
                 else:
                     yield [words, log, on, off, gr.update(visible=False), "", off]
         except UnconstrainedError as error:
-            yield [views.message(str(error), "bad"), "", on, off, *[gr.skip()] * 3]
+            yield [views.failure(error), "", on, off, *[gr.skip()] * 3]
 
     def cancel(
         self,
@@ -594,7 +617,6 @@ class _Acts:
         request: gr.Request,
         profile: gr.OAuthProfile | None,
         oauth: gr.OAuthToken | None,
-        found: Verdict | None,
         repository: str,
         private: bool,
         tag: str,
@@ -602,15 +624,31 @@ class _Acts:
     ) -> str:
         """Push the finished merge with the rights of whoever asks."""
         owner, token = self._who(request, profile, oauth)
-        if found is None:
-            return views.message("There is nothing to push yet.", "bad")
         try:
+            if not private:
+                stop = views.not_public(self.desk.licence(owner, repository), checked)
+                if stop:
+                    return stop
             url = self.desk.push(
-                found, repository, owner, token, private=private, tag=tag, acknowledged=checked
+                repository, owner, token, private=private, tag=tag, acknowledged=checked
             )
         except UnconstrainedError as error:
-            return views.message(str(error), "bad")
+            return views.failure(error)
         return views.pushed(url)
+
+    def card(
+        self,
+        request: gr.Request,
+        profile: gr.OAuthProfile | None,
+        oauth: gr.OAuthToken | None,
+        repository: str,
+        tag: str,
+    ) -> Any:
+        """The card with the name and the tag that were typed, where there is one."""
+        try:
+            return self.desk.card(self._who(request, profile, oauth)[0], repository, tag)
+        except UnconstrainedError:
+            return gr.skip()
 
     def leave(self, request: gr.Request) -> None:
         """The tab is gone: what nobody can see any more is stopped and removed."""

@@ -17,12 +17,15 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from mergekit_unconstrained.errors import OutputError, UnconstrainedError
+from mergekit_unconstrained.errors import HubError, OutputError, UnconstrainedError
+from mergekit_unconstrained.hub.facts import CardFacts
+from mergekit_unconstrained.hub.licences import Verdict as Licence
 from mergekit_unconstrained.space import commands, confine, hub_models, inspect, own_recipe
 from mergekit_unconstrained.space.inspect import Cost, Model, Verdict
 from mergekit_unconstrained.space.runner import Job, Jobs, Progress
 from mergekit_unconstrained.space.state import Curve, Expert, State, recipe_text, start
 
+TICK = "tick “I have checked the licences” when you know that it may be public"
 SLIDERS = 8
 """Numbers of one expert: attention and MLP at three depths each, the rest, the density."""
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -40,6 +43,11 @@ class Settings:
     models_dir: Path
     limit: int = 8 * 2**30
     hosted: bool = False
+
+    @property
+    def results(self) -> Path | None:
+        """Where results stay when the page is closed; None where strangers would leave theirs."""
+        return None if self.hosted else self.work_dir.resolve() / "results"
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ class Desk:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         settings.models_dir.mkdir(parents=True, exist_ok=True)
-        self.jobs = Jobs(settings.work_dir / "jobs", separate=settings.hosted)
+        self.jobs = Jobs(
+            settings.work_dir / "jobs", separate=settings.hosted, results=settings.results
+        )
 
     # -- parents -----------------------------------------------------------------------------------
 
@@ -172,15 +182,41 @@ class Desk:
 
     # -- the card, and the push --------------------------------------------------------------------
 
-    def card(self, owner: str) -> str:
-        """The card of this person's result as Markdown, less its metadata and its pictures."""
+    def card(self, owner: str, repository: str = "", tag: str = "") -> str:
+        """The card of this person's result as Markdown, less its metadata and its pictures.
+
+        With the name and tag that a push would write into it, where owner/name is given.
+        """
+        from mergekit_unconstrained.hub import card
+
         job = self._finished(owner)
         text = (job.out / "README.md").read_text(encoding="utf-8")
+        if text == card.render(self._facts(job, "", "")):  # else somebody edited it, and it stays
+            text = card.render(self._facts(job, repository, tag))
         return card_body(text)
+
+    def licence(self, owner: str, repository: str) -> Licence:
+        """What may be done with this person's result under the name that it is pushed to."""
+        name = confine.checked_repository(repository)
+        return self._facts(self._finished(owner), name, "").verdict
+
+    @staticmethod
+    def _facts(job: Job, repository: str, tag: str) -> CardFacts:
+        """What the card tells; repository and tag are left out where they are not whole."""
+        from mergekit_unconstrained.hub import folder_facts, provenance
+
+        known = provenance.load(job.out)
+        try:
+            name = confine.checked_repository(repository)
+        except OutputError:
+            name = ""
+        if name:
+            given = {"repo_id": name, "tag": tag.strip() or known.tag}
+            known = known.model_copy(update=given)
+        return folder_facts.card_facts(job.out, known)
 
     def push(
         self,
-        found: Verdict,
         repository: str,
         owner: str,
         token: str | None,
@@ -195,16 +231,19 @@ class Desk:
         job = self._finished(owner)
         name = confine.checked_repository(repository)
         if not private:
-            gate.refuse(found.licence, acknowledged)
-        pushed = push.push(
-            job.out,
-            name,
-            private=private,
-            tag=tag.strip() or None,
-            checked_licences=acknowledged,
-            api=_signed_in(token),
-            quiet=True,
-        )
+            gate.refuse(self.licence(owner, name), acknowledged)
+        try:
+            pushed = push.push(
+                job.out,
+                name,
+                private=private,
+                tag=tag.strip() or None,
+                checked_licences=acknowledged,
+                api=_signed_in(token),
+                quiet=True,
+            )
+        except HubError as error:  # the gate names what is said in a terminal
+            raise HubError(str(error).replace(gate.ANSWERED, TICK)) from error
         return str(pushed.url)
 
     def check_access(self, repository: str, token: str | None, *, private: bool = True) -> None:

@@ -6,6 +6,7 @@ environment, its own folder, and nobody's token but that of the person it runs f
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -111,17 +112,24 @@ class Job:
 
 
 class Jobs:
-    """The jobs of one Space: one for each person, a few at a time, results until the next one.
+    """The jobs of one Space: one for each person, a few at a time.
 
     folder: where they live. most: at a time, of all people. minutes: after which one is stopped.
     separate: whether every job has its own cache of models, as where people must not see each
-    other's.
+    other's. results: where results go to stay; None where they go with the page or the next job.
     """
 
     def __init__(
-        self, folder: Path, *, most: int = 2, minutes: float = 60, separate: bool = False
+        self,
+        folder: Path,
+        *,
+        most: int = 2,
+        minutes: float = 60,
+        separate: bool = False,
+        results: Path | None = None,
     ) -> None:
         self.folder, self.most, self.minutes, self.separate = folder, most, minutes, separate
+        self.results = results
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +158,8 @@ class Jobs:
             return job
 
     def _run(self, owner: str, folder: Path, name: str, models: Path, token: str | None) -> Job:
-        out = folder / name
+        # Written where it stays, so that not even a page that is killed takes it along.
+        out = folder / name if self.results is None else self._free(self.results, name)
         arguments = ["yaml", str(folder / "recipe.yml"), str(out)]
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(
@@ -164,6 +173,14 @@ class Jobs:
             )
         names = {f"{folder}/": "", f"{models}/": "", str(folder): ".", str(models): "."}
         return Job(owner, folder, out, process, (token,) if token else (), names)
+
+    def _free(self, folder: Path, name: str) -> Path:
+        """A folder of that name that nobody has or writes: NAME, else NAME-2 and so on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = {entry.name.removesuffix(".partial") for entry in folder.iterdir()}
+        taken |= {j.out.name for j in self._jobs.values() if j.process.poll() is None}
+        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+        return folder / next(n for n in names if n not in taken)
 
     def _environment(self, folder: Path, token: str | None) -> dict[str, str]:
         kept = {key: os.environ[key] for key in KEPT if key in os.environ}
@@ -210,7 +227,7 @@ class Jobs:
         return True
 
     def leave(self, owner: str) -> None:
-        """Stop a person's job and remove its result: the page is gone."""
+        """Stop a person's job, and remove a result that was to stay nowhere: the page is gone."""
         with self._lock:
             self._forget(owner)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from mergekit_unconstrained import present
 from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE
 from mergekit_unconstrained.hub.licences import Verdict as Licence
 from mergekit_unconstrained.hub.markdown import one_line
-from mergekit_unconstrained.space.desk import View, as_data_url
+from mergekit_unconstrained.space.desk import TICK, View, as_data_url
 from mergekit_unconstrained.space.inspect import Model, Verdict
 from mergekit_unconstrained.space.runner import Progress
 
@@ -32,6 +33,7 @@ STATUS = {
     "conflict": ("bad", "Licence: conflict"),
     "refused": ("bad", "Licence: refused"),
 }
+STARTING = "Starting: loading takes about half a minute"
 
 
 def text(value: object) -> str:
@@ -56,6 +58,17 @@ def verdict(found: Verdict | None) -> str:
     parts.append(_models(found))
     parts.append(licence(found.licence))
     return "".join(parts)
+
+
+def no_models(folder: Path, hosted: bool) -> str:
+    """How models get into the lists."""
+    hub = "type org/name of the Hub, or search for it below."
+    if hosted:
+        return message(f"No models lie here: {hub}")
+    return message(
+        f"No models were found in {folder}: start with --models-dir FOLDER, where every model is a "
+        f"folder with config.json and safetensors; or {hub}"
+    )
 
 
 def licence(found: Licence) -> str:
@@ -94,7 +107,7 @@ def where(view: View | None) -> str:
 def recipe_state(view: View | None) -> str:
     """Whether the recipe passed the strict check."""
     if view is None:
-        return ""
+        return message("The recipe is written here when models are chosen.")
     return (
         message(view.problem, "bad")
         if view.problem
@@ -107,20 +120,45 @@ def heat_map(view: View | None) -> str:
     if view is None or view.picture is None:
         return ""
     return (
+        '<p class="mku-small mku-narrow">Wider than the screen: scroll it sideways ⟷</p>'
         '<div class="mku-scroll" tabindex="0" role="region" aria-label="Heat map of the weights">'
         f'<img src="{as_data_url(view.picture)}" alt="Weight of every expert by layer (across) and '
         'kind of tensor (down); the same numbers are in the recipe."></div>'
     )
 
 
-def progress(seen: Progress | None, cancelled: bool = False) -> str:
-    """How far a merge is."""
+def failure(error: Exception) -> str:
+    """An error in a box, as a sentence."""
+    words = str(error)
+    first = words.partition(" ")[0]
+    plain = first.isascii() and first.isalpha() and first.islower()  # no name, no file, no key
+    return message(words[:1].upper() + words[1:] if plain else words, "bad")
+
+
+def not_public(found: Licence, checked: bool) -> str:
+    """Why a result is not pushed for everybody, "" where it may be. checked: the box is ticked."""
+    if found.may_be_public or (checked and found.status != "refused"):
+        return ""
+    if found.status == "refused":
+        lead, then = "The licences forbid to publish this.", "Push it privately."
+    else:
+        lead = f"The licences need a look before this is public ({found.status})."
+        then = f"Push it privately, or read them and {TICK}."
+    return (
+        f'<div class="mku-box mku-bad" role="alert"><strong>{text(lead)}</strong>'
+        f'{_items(found.reasons)}<p class="mku-place">{text(then)}</p>'
+        f'<p class="mku-small">{text(NOT_LEGAL_ADVICE)}</p></div>'
+    )
+
+
+def progress(seen: Progress | None, cancelled: bool = False, kept: Path | None = None) -> str:
+    """How far a merge is. kept: where the result stays, None where it goes with the page."""
     if seen is None:
         return ""
     percent = round(100 * seen.fraction)
     time = present.duration(seen.seconds)
     if seen.returncode is None:
-        words, kind = (f"Merging, {percent} %" if percent else "Starting"), "info"
+        words, kind = (f"Merging, {percent} %" if percent else STARTING), "info"
     elif seen.returncode == 0:
         words, kind = "Merged", "ok"
     elif cancelled:
@@ -128,9 +166,15 @@ def progress(seen: Progress | None, cancelled: bool = False) -> str:
     else:
         last = seen.lines[-1] if seen.lines else "no word was left"
         words, kind = f"Failed: {last}", "bad"
+    place = ""
+    if seen.returncode == 0 and kept is not None:
+        place = (
+            f'<p class="mku-place">The result is in <code>{text(kept)}</code> and stays there when '
+            "this page is closed.</p>"
+        )
     return (
         f'<div class="mku-box mku-{kind}" role="status">{text(words)} <span class="mku-small">'
-        f"({text(time)})</span>"
+        f"({text(time)})</span>{place}"
         f'<div class="mku-bar" role="progressbar" aria-label="Progress of the merge" '
         f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{percent}">'
         f'<div style="width:{percent}%"></div></div></div>'
@@ -229,17 +273,23 @@ STYLE = """
 .mku-look { border-left-color: #b45309; }
 .mku-bad { border-left-color: #b91c1c; }
 .mku-small { font-size: .85rem; color: var(--body-text-color-subdued); margin: .4rem 0 0; }
+.mku-place { margin: .4rem 0 0; }
 .mku-bar { height: 8px; border-radius: 4px; background: var(--border-color-primary);
   margin-top: .5rem; overflow: hidden; }
 .mku-bar div { height: 100%; background: #0f766e; transition: width .3s; }
 .mku-scroll { overflow-x: auto; background: #fff; border-radius: 8px; padding: .3rem;
   contain: inline-size; }
+.mku-scroll::-webkit-scrollbar { height: 10px; }
+.mku-scroll::-webkit-scrollbar-track { background: #e2e8f0; border-radius: 5px; }
+.mku-scroll::-webkit-scrollbar-thumb { background: #0f766e; border-radius: 5px; }
+.mku-narrow { display: none; }
 .mku-expert { border: 1px solid var(--border-color-primary) !important; }
 .mku-scroll img { min-width: 480px; max-width: min(100%, 760px); height: auto; display: block; }
 .mku-code { contain: inline-size; }
 #card { contain: inline-size; overflow-wrap: anywhere; }
 #card pre, #card table { overflow-x: auto; max-width: 100%; }
-#card table { display: block; }
+#card table { display: block; border: 0; }
+#card thead, #card tbody, #card tr { border: 0; }
 #card td, #card th { min-width: 4.5rem; overflow-wrap: normal; }
 #card th { white-space: nowrap; }
 .mku-row { align-items: flex-end; }
@@ -253,6 +303,7 @@ STYLE = """
   clip-path: inset(50%); }
 :focus-visible { outline: 3px solid #0f766e !important; outline-offset: 2px; }
 @media (max-width: 640px) {
+  .mku-narrow { display: block; }
   .mku-table thead { display: none; }
   .mku-table tr { display: block; border: 1px solid var(--border-color-primary) !important;
     border-radius: 8px; margin: .45rem 0; padding: .3rem .2rem; }

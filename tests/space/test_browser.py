@@ -197,6 +197,9 @@ def test_from_two_parents_to_a_private_repository(open_page, served, width):
     page.wait_for_selector("#progress >> text=Merged")
     page.wait_for_selector("#card >> text=merged into")
     assert "coefficients" in page.inner_text("#card")
+    until(page, lambda: page.locator(f"#card >> text={name}").count() > 0, "no name in the card")
+    kept = Path(page.inner_text("#progress code"))
+    assert kept.parent == served.work / "results"
     page.get_by_role("button", name="Push").click()
     page.wait_for_selector("#pushed >> text=Pushed.")
     picture(page, f"{width}-3-pushed")
@@ -207,6 +210,10 @@ def test_from_two_parents_to_a_private_repository(open_page, served, width):
     assert config["parameters"]["operator"] == "task_arithmetic"
     assert served.hub.content(name, "model.safetensors")
     assert b"layers: 4" in served.hub.content(name, "coefficients.yml")
+
+    page.close()
+    time.sleep(3)
+    assert (kept / "model.safetensors").is_file()
 
 
 def test_models_of_the_hub_are_found_and_looked_at_without_a_weight(open_page, served):
@@ -340,6 +347,8 @@ def test_the_page_is_for_this_machine_alone_and_tells_no_secret(served):
     text = served.log.read_bytes()
     assert b"127.0.0.1" in text
     assert b"0.0.0.0" not in text
+    assert b"public link" not in text
+    assert str(served.work / "results").encode() in text
     for token in (served.hub.token, served.hub.read_token):
         assert token.encode() not in text
         for log in served.work.rglob("log.txt"):

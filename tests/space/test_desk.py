@@ -101,6 +101,8 @@ def test_a_merge_its_card_and_its_end(space, models_dir):
     assert str(models_dir) not in log
     assert str(job.folder) not in log
     assert not (job.folder / "tmp").exists()
+    assert job.out == space.settings.work_dir.resolve() / "results" / "my-merge"
+    assert f"{job.out}</code> and stays" in views.progress(seen, kept=job.out)
     assert (job.out / "model.safetensors").is_file()
     card = space.card("me")
     assert card.startswith("# my-merge")
@@ -108,9 +110,39 @@ def test_a_merge_its_card_and_its_end(space, models_dir):
     with pytest.raises(UnconstrainedError, match="no finished merge"):
         space.card("somebody else")
     with pytest.raises(UnconstrainedError, match="sign in first"):
-        space.push(found, "me/merged", "me", None)
+        space.push("me/merged", "me", None)
+    assert "me/spaces" not in card
+    pushed_as = space.card("me", "me/spaces", "v7")
+    assert pushed_as.startswith("# spaces")
+    assert "me/spaces" in pushed_as
+    assert "v7" in pushed_as
+    assert space.card("me", "no/such/name", "v7") == card
+    assert space.licence("me", "me/spaces").status == "clear"
+    (job.out / "README.md").write_text("# By hand\n")
+    assert space.card("me", "me/spaces") == "# By hand\n"
     space.jobs.leave("me")
     assert not job.folder.exists()
+    assert (job.out / "model.safetensors").is_file()
+
+
+def test_a_public_push_that_is_stopped_names_the_box_and_lists_why(space):
+    found = space.verdict("llama/base", ["qwen2/expert1", "qwen2/expert2"])
+    assert found is not None
+    assert not found.licence.may_be_public
+    told = views.not_public(found.licence, False)
+    assert "<strong>The licences need a look before this is public" in told
+    assert "tick “I have checked the licences”" in told
+    assert told.count("<li>") == len(found.licence.reasons) > 0
+    assert "--" not in told
+    assert views.not_public(found.licence, True) == ""
+    refused = dataclasses.replace(found.licence, status="refused")
+    assert "forbid" in views.not_public(refused, True)
+    assert "tick" not in views.not_public(refused, False)
+
+
+def test_an_error_on_the_page_is_a_sentence():
+    assert ">Sign in first: x<" in views.failure(UnconstrainedError("sign in first: x"))
+    assert ">me/x is taken<" in views.failure(UnconstrainedError("me/x is taken"))
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "x" * 97, ".hidden", "a\nb", "-rf"])

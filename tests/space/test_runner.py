@@ -112,6 +112,38 @@ def test_only_the_persons_own_token_is_passed_and_it_is_never_shown(
     assert with_one.progress().fraction == pytest.approx(0.4)
 
 
+WRITES = "import os, sys; os.mkdir(sys.argv[-1]); print('done')"
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_result_outlives_the_page_where_it_has_a_place_to_stay(tmp_path, monkeypatch, stays):
+    monkeypatch.setattr(runner, "COMMAND", WRITES)
+    jobs = Jobs(tmp_path / "jobs", results=tmp_path / "results" if stays else None)
+    outs = []
+    for _ in range(2):
+        job = jobs.start("me", RECIPE, "merged", tmp_path)
+        *_, last = jobs.follow(job, pause=0.05)
+        assert (last.returncode, job.succeeded) == (0, True)
+        outs.append(job.out)
+    jobs.leave("me")
+    jobs.close()
+    assert [out.exists() for out in outs] == [stays, stays]
+    if stays:
+        assert [out.name for out in outs] == ["merged", "merged-2"]
+        assert {out.parent for out in outs} == {tmp_path / "results"}
+
+
+def test_two_people_never_write_one_result(sleeping, tmp_path):
+    jobs = Jobs(tmp_path / "jobs", results=tmp_path / "results")
+    (tmp_path / "results" / "other.partial").mkdir(parents=True)
+    first = jobs.start("anna", RECIPE, "merged", tmp_path)
+    second = jobs.start("bert", RECIPE, "merged", tmp_path)
+    jobs.close()
+    third = jobs.start("anna", RECIPE, "other", tmp_path)
+    jobs.close()
+    assert [j.out.name for j in (first, second, third)] == ["merged", "merged-2", "other-2"]
+
+
 def test_a_job_that_takes_too_long_is_stopped(tmp_path, sleeping):
     jobs = Jobs(tmp_path / "jobs", minutes=0.5 / 60)
     job = jobs.start("me", RECIPE, "merged", tmp_path)
