@@ -191,7 +191,7 @@ CATALOG: dict[str, CatalogEntry] = {
             level="tensor",
             summary=(
                 "lets the experts compete for every entry, by magnitude and by agreement with "
-                "the others"
+                "the others; as published with scope: model"
             ),
             paper=("Parameter Competition Balancing for Model Merging (arXiv 2410.02396)"),
             url="https://arxiv.org/abs/2410.02396",

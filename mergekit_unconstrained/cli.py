@@ -98,12 +98,19 @@ main.add_command(space)
 
 
 @main.command()
+@click.argument("method", required=False)
 @click.option("--markdown", is_flag=True, help="The table of the README.")
-def methods(markdown: bool) -> None:
-    """List the methods this package adds, with paper, parameters and bounds."""
+@click.pass_context
+def methods(ctx: click.Context, method: str | None, markdown: bool) -> None:
+    """List the methods this package adds, with paper, parameters and bounds.
+
+    With METHOD: that one alone, as `show METHOD` explains it.
+    """
     from mergekit_unconstrained import describe
 
-    if markdown:
+    if method is not None:
+        ctx.invoke(show, method=method)
+    elif markdown:
         click.echo(describe.markdown_table())
     else:
         describe.print_methods()

@@ -156,20 +156,30 @@ def _parameter_table(method: Any) -> Table:
 
 
 def values_of(annotation: Any) -> str:
-    """A type and its bounds in words: `float, 0 to 1`; `a | b`."""
+    """A type and its bounds in words: `float, 0 to 1`; `int, 0 or more`; `a | b`."""
     origin = get_origin(annotation)
     if origin is typing.Literal:
         return " | ".join(str(a) for a in get_args(annotation))
     if origin is typing.Annotated:
         base, *metadata = get_args(annotation)
-        low = high = None
-        for item in (i for m in metadata for i in (m, *getattr(m, "metadata", ()))):
-            low = getattr(item, "ge", low)
-            high = getattr(item, "le", high)
-        bounds = f", {low:g} to {high:g}" if low is not None and high is not None else ""
-        return values_of(base) + bounds
+        items = [i for m in metadata for i in (m, *getattr(m, "metadata", ()))]
+        return values_of(base) + _bounds_in_words(items)
     if origin is not None:  # a union
         return " | ".join(values_of(a) for a in get_args(annotation) if a is not type(None))
     return {"str": "text", "bool": "true | false"}.get(
         getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
     )
+
+
+def _bounds_in_words(items: list[Any]) -> str:
+    """Of pydantic's constraints; "" where there are none."""
+    found: dict[str, float] = {}
+    for item in items:
+        for name in ("ge", "gt", "le"):
+            if getattr(item, name, None) is not None:
+                found[name] = getattr(item, name)
+    low, above, high = (found.get(name) for name in ("ge", "gt", "le"))
+    start = f"{low:g}" if low is not None else f"above {above:g}" if above is not None else ""
+    if high is not None:
+        return f", {start} to {high:g}" if start else f", at most {high:g}"
+    return f", {start}{' or more' if low is not None else ''}" if start else ""

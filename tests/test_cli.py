@@ -57,6 +57,31 @@ def test_the_methods_are_listed_with_paper_parameters_and_bounds() -> None:
     assert "task_arithmetic" in output
 
 
+@pytest.mark.parametrize(
+    ("method", "parameter", "said"),
+    [
+        ("layerwise", "density", "float, 0 to 1"),
+        ("layerwise", "weight", "float"),
+        ("wudi", "steps", "int, 0 or more"),
+        ("wudi", "learning_rate", "float, above 0 to 1"),
+        ("tsvm", "rank_fraction", "float, above 0 to 1"),
+        ("consensus", "min_agreement", "int, 0 or more"),
+        ("layer_swap", "top", "int, 0 to 1000"),
+        ("lines", "alpha", "float, -10 to 10 | auto"),
+        ("distribution_fusion", "epochs", "float, above 0"),
+    ],
+)
+def test_bounds_of_every_kind_are_said(method: str, parameter: str, said: str) -> None:
+    spec = next(p for p in describe._method(method).spec.parameters if p.name == parameter)
+    assert describe.values_of(spec.value_type) == said
+
+
+def test_methods_of_one_name_says_what_show_says() -> None:
+    one, other = (CliRunner().invoke(main, [word, "pcb"]) for word in ("methods", "show"))
+    assert one.exit_code == 0
+    assert one.output == other.output
+
+
 @pytest.mark.parametrize("name", ["layerwise", "ties", "linear", "slerp"])
 def test_a_method_is_explained(name: str) -> None:
     result = CliRunner().invoke(main, ["show", name])

@@ -194,6 +194,45 @@ def check_agreement_of_experts(plan: Plan, tasks: list[compat.PlannedTask]) -> N
         )
 
 
+def check_swapped_layers(plan: Plan, tasks: list[compat.PlannedTask]) -> None:
+    """Whether the model is as deep as the layers that `layer_swap` counts from both ends."""
+    for task, tensor in zip(tasks, plan.tensors, strict=True):
+        depth = tensor.role.depth
+        if not {"bottom", "top", "transition"} <= task.parameters.keys() or not depth:
+            continue
+        bottom, top, transition = (task.parameters[n] for n in ("bottom", "top", "transition"))
+        if bottom + top + 2 * transition > depth:
+            plan.document.fail(
+                ("parameters",),
+                f"{bottom} layers at the bottom, {top} at the top and {transition} averaged on "
+                f"each side are more than the {depth} layers of this model: lower `bottom`, `top` "
+                "or `transition`",
+            )
+
+
+def name_what_is_missing(
+    document: Document, method: compat.MergeMethod, error: RuntimeError | ValueError
+) -> None:
+    """Say where a required parameter belongs, if that is what mergekit's planner lacked."""
+    for parameter in method.spec.parameters:
+        said, _, tensor = str(error).partition(" for ")
+        if said != f"Missing required parameter {parameter.name}":
+            continue
+        shared = parameter.scope == compat.ParameterScope.SHARED
+        place: Place = ("parameters",) if shared else ("models",)
+        given = any(p and p[-1] == parameter.name for p, _ in walk(document.data))
+        if given:
+            problem = f"{parameter.name!r} has no value for {tensor}: add one without a `filter`"
+        else:
+            example = f"`parameters: {{{parameter.name}: VALUE}}`"
+            where = "the recipe" if shared else "every model"
+            problem = (
+                f"{method.spec.name!r} needs {parameter.name!r}: write {example} in {where}; "
+                f"`mergekit-unconstrained show {method.spec.name}` lists its values"
+            )
+        document.fail(place, problem)
+
+
 def check_settings(plan: Plan) -> None:
     """Filters that match nothing and gradients with more points than layers."""
     names = {n for t in plan.tensors for n in (t.name, *filter(None, t.inputs.values()))}

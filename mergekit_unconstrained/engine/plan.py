@@ -157,6 +157,7 @@ def make_plan(
             {p.reference: p.tensors for p in parents.values() if p.tensors is not None},
         )
     except (RuntimeError, ValueError) as error:
+        checks.name_what_is_missing(document, method, error)
         raise RecipeError(f"{document.name}: {' '.join(str(error).split())}") from error
     table = _table(document, tasks)
     layers = max((r.layer + 1 for r in roles.values() if r.layer is not None), default=0)
@@ -171,6 +172,7 @@ def make_plan(
     checks.check_settings(plan)
     checks.check_operators(plan, tasks)
     checks.check_agreement_of_experts(plan, tasks)
+    checks.check_swapped_layers(plan, tasks)
     if table is not None:
         checks.check_table(plan, table)
     checks.check_weights(plan)

@@ -11,6 +11,7 @@ import torch
 
 from mergekit_unconstrained.fusion.data.conversations import read_conversations
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member
+from mergekit_unconstrained.fusion.training.arguments import batch_shape
 
 BYTES_PER_TOKEN = 4.2
 """Of English text under the usual tokenizers: an estimate, to be replaced by the data stage."""
@@ -21,7 +22,13 @@ _ROW = 150
 
 @dataclass(frozen=True)
 class Estimate:
-    """Figures for `plan`. seconds: by stage; disk, memory: bytes; parameters: by model."""
+    """Figures for `plan`.
+
+    seconds: by stage, of arithmetic alone. disk: bytes. memory: bytes of weights and optimiser in
+    training. logits: bytes of the pivot's logits and their gradient in one pass, in float32, if
+    every response is as long as may be; what the loss makes of them, chunk by chunk, is small
+    beside that. parameters: by model.
+    """
 
     rows: int
     tokens: int
@@ -29,6 +36,7 @@ class Estimate:
     seconds: dict[str, float]
     disk: int
     memory: int
+    logits: int
     parameters: dict[str, int]
     licences: dict[str, str | None]
 
@@ -73,9 +81,20 @@ def costs(plan: FusionPlan, rows: int, tokens: int, text: int | None = None) -> 
         seconds=seconds,
         disk=int(disk),
         memory=int(memory),
+        logits=2 * 4 * math.prod(logits_shape(plan)),
         parameters=parameters,
         licences={m.name: licence_of(m) for m in plan.members},
     )
+
+
+def logits_shape(plan: FusionPlan) -> tuple[int, int, int]:
+    """Conversations in a pass, positions of each, words of the pivot (0: not known)."""
+    config = plan.pivot.parent.config
+    words = getattr(config, "vocab_size", None) or getattr(
+        getattr(config, "text_config", None), "vocab_size", 0
+    )
+    device, _ = batch_shape(plan.settings, plan.settings.processes)
+    return device, plan.settings.max_length, int(words or 0)
 
 
 def _data(plan: FusionPlan) -> tuple[int, int, int]:

@@ -242,8 +242,11 @@ def work_of(plan: FusionPlan, out: Path) -> WorkDir:
 
 
 def status(plan: FusionPlan, out: Path) -> None:
-    """Print every stage that was begun."""
-    work = work_of(plan, out)
+    """Print every stage that was begun, if any was."""
+    work = WorkDir(plan.work_dir(out))
+    if not work.root.is_dir():
+        display.print_nothing_begun(work)
+        return
     display.print_stages(work, [folder for folder, _ in work.stages()])
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from mergekit_unconstrained.fusion.estimates import Estimate, estimate
+from mergekit_unconstrained.fusion.estimates import Estimate, estimate, logits_shape
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member
 from mergekit_unconstrained.fusion.records import Origin
 from mergekit_unconstrained.fusion.workdir import WorkDir, read_manifest
@@ -75,15 +75,27 @@ def tree(plan: FusionPlan, out: Path | None) -> Tree:
         ways.add(f"one target for each source, merged by {s.post_merge}")
     stages = root.add("stages")
     for name, seconds in found.seconds.items():
-        stages.add(f"{escape(name)}: about {duration(seconds)} on this machine")
+        least = f"at least {duration(seconds)}" if seconds >= 60 else "under a minute"
+        stages.add(f"{escape(name)}: {least} of arithmetic on this machine")
     folder = plan.work_dir(out) if out is not None else Path()
     where = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     root.add(
         f"disk: about {size(found.disk)} in {escape(str(folder))}, "
         f"{size(shutil.disk_usage(where).free)} free"
     )
-    root.add(f"memory: about {size(found.memory)} for the weights and optimiser in training")
+    root.add(_memory(plan, found))
     return root
+
+
+def _memory(plan: FusionPlan, found: Estimate) -> str:
+    told = f"memory: at least {size(found.memory)} for the weights and optimiser in training"
+    if not found.logits:
+        return f"{told}; activations and logits come on top"
+    batch, length, words = logits_shape(plan)
+    return (
+        f"{told}; logits and their gradient take up to {size(found.logits)} more (2 x {batch} "
+        f"conversations x {length:,} tokens x {words:,} words x 4 bytes), and activations"
+    )
 
 
 def _member(role: str, member: Member, found: Estimate) -> str:
@@ -108,6 +120,11 @@ def print_stages(work: WorkDir, folders: Sequence[Path]) -> None:
             name = escape(str(folder.relative_to(work.root)))
             table.add_row(name, duration(float(manifest["seconds"])), done)
     console.print(table, highlight=False)
+
+
+def print_nothing_begun(work: WorkDir) -> None:
+    """What `fuse status` says before the first stage."""
+    console.print(escape(f"nothing was begun yet: there is no {work.root}"), highlight=False)
 
 
 def _result(manifest: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from mergekit_unconstrained.hub.search_report import Report
 from mergekit_unconstrained.present import console, duration, size
 from mergekit_unconstrained.search.memory import LiveMerge
 from mergekit_unconstrained.search.run import LABELS, SEARCHED
-from mergekit_unconstrained.search.samplers import population
+from mergekit_unconstrained.search.samplers import population, uniform_count
 from mergekit_unconstrained.search.space import Space
 from mergekit_unconstrained.search.study import Finished, Study
 
@@ -34,6 +34,12 @@ def print_plan(plan: Any) -> None:
     drawn = s.population or population(len(genome))
     ways = f"{s.sampler}, population {drawn}" if s.sampler in ("cma", "nsga2") else s.sampler
     console.print(f"  genome     {len(genome)} numbers; {ways}, seed {s.seed}", highlight=False)
+    if first := _uniform_first(plan):
+        console.print(
+            f"  start      the first {min(first, s.budget)} of {s.budget} candidates are uniform "
+            "merges, the others finer",
+            highlight=False,
+        )
     for parameter in dict.fromkeys(g.address[1] for g in genome.genes):
         found = [g for g in genome.genes if g.address[1] == parameter]
         first = found[0]
@@ -60,6 +66,12 @@ def print_plan(plan: Any) -> None:
         console.print(f"  [yellow]note[/]       {escape(note)}", highlight=False)
 
 
+def _uniform_first(plan: Any) -> int:
+    """How many uniform candidates come first; only CMA-ES begins with them."""
+    s = plan.settings
+    return uniform_count(plan.spaces.searched.genome, s) if s.sampler == "cma" else 0
+
+
 def _memory(plan: Any) -> str:
     """Weights that a search holds: the live model, and the parents as far as they may be held."""
     numbers = sum(math.prod(t.shape) for t in plan.merge.tensors if t.shape is not None)
@@ -78,6 +90,11 @@ def notes(plan: Any) -> list[str]:
     """What a plan's owner may not have meant."""
     s, genes = plan.settings, len(plan.spaces.searched.genome)
     found = []
+    if _uniform_first(plan) >= s.budget:
+        found.append(
+            f"every one of the {s.budget} candidates is a uniform merge, and none has values of "
+            "its own for a layer or kind: raise the budget, or lower `uniform_first`"
+        )
     if genes > s.budget / 3:
         found.append(
             f"{genes} numbers are many for {s.budget} candidates: share them between more layers "

@@ -182,8 +182,16 @@ def cma(genome: Genome, settings: SearchSettings) -> Draw:
 
 
 def uniform_count(genome: Genome, settings: SearchSettings) -> int:
-    """How many candidates are uniform: none where the genome has nothing finer."""
-    return settings.uniform_first if len(_uniform_keys(genome)) < len(genome) else 0
+    """How many of the first candidates are uniform: none where the genome has nothing finer.
+
+    Where the settings do not say, a third of the budget and 30 at most; 3 of a very small budget,
+    if that leaves one for the strategy.
+    """
+    if len(_uniform_keys(genome)) == len(genome):
+        return 0
+    if settings.uniform_first is not None:
+        return settings.uniform_first
+    return min(30, max(settings.budget // 3, min(3, settings.budget - 1)))
 
 
 def uniform_point(genome: Genome, seed: int) -> np.ndarray:

@@ -85,9 +85,10 @@ class SearchSettings(Strict):
     """null: 4 + floor(3 ln n) (cma), 50 (nsga2)."""
     sigma: float = Field(default=1 / 6, gt=0)
     """First step of CMA-ES as a share of every gene's range."""
-    uniform_first: int = Field(default=30, ge=0)
+    uniform_first: int | None = Field(default=None, ge=0)
     """So many candidates of CMA-ES are uniform: one value a model for all layers and kinds. The
-    strategy starts at the best of them (ours). They count as any other. 0: it starts at `start`."""
+    strategy starts at the best of them (ours). They count as any other. 0: it starts at `start`.
+    null: 30, or a third of a budget below 90."""
     separable_above: int = Field(default=64, ge=1)
     """More genes than that: CMA-ES with a diagonal covariance (ours)."""
     seed: int = 0

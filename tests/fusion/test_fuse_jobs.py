@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.engine.digest import sha256
 from mergekit_unconstrained.hub.provenance import load
+from mergekit_unconstrained.present import size
 from tests.fusion.tiny_fusion import MakeTokenizer, save_model, write_data, write_recipe
 
 
@@ -165,6 +167,11 @@ def test_another_learning_rate_trains_again_and_collects_nothing(
     assert len(new) == 3
 
 
+def test_the_status_of_what_was_not_begun_is_no_error(fused: Fused, tmp_path: Path) -> None:
+    said = " ".join(succeed("fuse", "status", fused.recipe, tmp_path / "new").split())
+    assert said.startswith("nothing was begun yet: there is no ")
+
+
 def test_status_and_inspect_show_what_is_there(fused: Fused) -> None:
     status = succeed("fuse", "status", fused.recipe, fused.out)
     for said in ("distributions/gpt2", "bits per byte", "label", "won by"):
@@ -185,6 +192,10 @@ def test_plan_check_and_dry_run_write_nothing(fused: Fused, tmp_path: Path) -> N
     plan = " ".join(plan.replace("│", " ").split())
     for word in ("24 conversations", "GPT2LMHeadModel", "3 steps of 4", "disk", "licence"):
         assert word in plan
+    assert re.search(r"training, \d times: under a minute of arithmetic", plan)
+    words = json.loads((fused.pivot / "config.json").read_text())["vocab_size"]
+    assert f"(2 x 4 conversations x 128 tokens x {words:,} words x 4 bytes)" in plan
+    assert f"take up to {size(2 * 4 * 128 * words * 4)} more" in plan
     succeed("yaml", fused.recipe, tmp_path / "out", "--dry-run")
     assert list(tmp_path.iterdir()) == []
 

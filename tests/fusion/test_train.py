@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mergekit_unconstrained.errors import (
     OutputError,
     RecipeError,
 )
+from mergekit_unconstrained.fusion.training.bar import TrainingBar
 from mergekit_unconstrained.fusion.training.collate import IGNORED
 from mergekit_unconstrained.fusion.training.train import Trained, TrainJob, train
 from mergekit_unconstrained.fusion.training.trainer import FusionTrainer
@@ -328,6 +330,14 @@ def test_the_run_says_how_it_goes(
     silent = make_job(pivot, tmp_path / "silent", max_steps=1)
     train(silent, RandomFeed(16), None)
     assert capfd.readouterr().out == ""
+
+
+def test_a_held_out_figure_is_shown_with_the_step_it_was_measured_at() -> None:
+    bar = TrainingBar("tiny", quiet=True)
+    for step, logs in ((2, {"eval_bits_per_byte": 0.9}), (5, {"loss": 1.5})):
+        state = SimpleNamespace(global_step=step, max_steps=9, is_world_process_zero=True)
+        bar.on_log(None, state, None, logs=logs)
+    assert bar.figures == "loss 1.500, held out 0.9000 bits per byte (step 2)"
 
 
 # -- what goes wrong ------------------------------------------------------------------------------

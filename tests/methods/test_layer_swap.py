@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from whole_models import merged, read
 
+from mergekit_unconstrained import compat, jobs
 from mergekit_unconstrained.errors import RecipeError
 
 from mergekit.merge_methods import merge_tensors  # isort: skip
@@ -53,6 +55,49 @@ def test_more_layers_than_there_are_is_an_error(
     parameters = dict(zip(("bottom", "top", "transition"), numbers, strict=True))
     with pytest.raises(RecipeError, match="more than the 4 layers"):
         merged(tmp_path, "layer_swap", [tiny_models.base, *tiny_models.experts[:2]], parameters)
+
+
+def recipe_of(tiny_models: Tiny, tmp_path: Path, parameters: dict[str, Any]) -> str:
+    data = {
+        "merge_method": "layer_swap",
+        "base_model": str(tiny_models.base),
+        "models": [{"model": str(e)} for e in tiny_models.experts[:2]],
+    }
+    path = tmp_path / "swap.yml"
+    path.write_text(yaml.safe_dump(data | ({"parameters": parameters} if parameters else {})))
+    return str(path)
+
+
+def test_a_check_sees_too_many_layers_before_anything_is_merged(
+    tiny_models: Tiny, tmp_path: Path
+) -> None:
+    options = compat.MergeOptions()
+    fitting = recipe_of(tiny_models, tmp_path, {"bottom": 1, "top": 1, "transition": 1})
+    assert "2 experts" in jobs.check(fitting, options)
+    deep = recipe_of(tiny_models, tmp_path, {"bottom": 1, "top": 2, "transition": 1})
+    with pytest.raises(RecipeError, match=r"swap\.yml:\d+: parameters: 1 layers .* the 4 layers"):
+        jobs.check(deep, options)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        (
+            {"bottom": 1},
+            r"parameters: 'layer_swap' needs 'top': write `parameters: \{top: VALUE\}`",
+        ),
+        ({}, "parameters: 'layer_swap' needs 'bottom': write .* in the recipe; .*show layer_swap"),
+        (
+            {"bottom": 1, "top": [{"filter": "mlp", "value": 1}]},
+            r"parameters: 'top' has no value for model\.\S+: add one without a `filter`",
+        ),
+    ],
+)
+def test_a_missing_number_says_what_to_write_and_where(
+    parameters: dict[str, Any], said: str, tiny_models: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=rf"swap\.yml:\d+: {said}"):
+        jobs.check(recipe_of(tiny_models, tmp_path, parameters), compat.MergeOptions())
 
 
 def test_one_expert_is_an_error_that_says_so(tiny_models: Tiny, tmp_path: Path) -> None:

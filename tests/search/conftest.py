@@ -80,6 +80,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
         "genome": {"layers": 2, "kinds": []},
         "tasks": tasks,
         "budget": 40,
+        "uniform_first": 30,  # six numbers: two thirds of the way go by the coarse ones
         "finalists": 3,
     }
     (folder / "search.yml").write_text(yaml.safe_dump(search))

@@ -25,6 +25,7 @@ from mergekit_unconstrained.search.samplers import (
     population,
     replay,
     seed_of,
+    uniform_count,
 )
 from mergekit_unconstrained.search.settings import SearchSettings
 
@@ -117,6 +118,23 @@ def test_candidates_are_those_of_cmaes_driven_by_hand(separable: bool) -> None:
         by_hand.reseed_rng(seed_of(7, index))
         expected.append(genome.from_unit(by_hand.ask()) if index else genome.start)
     assert drawn(study) == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "uniform"),
+    [(1, 0), (2, 1), (4, 3), (9, 3), (12, 4), (30, 10), (89, 29), (90, 30), (200, 30)],
+)
+def test_a_small_budget_has_fewer_uniform_candidates(budget: int, uniform: int) -> None:
+    kinds = ("attention", "mlp")
+    genes = (Gene(("m", "weight", None, k), 0.0, 1.0, 0.5, called=k) for k in kinds)
+    genome = Genome(tuple(genes), ())
+    assert uniform_count(genome, settings_of(budget=budget)) == uniform
+    assert uniform_count(genome, settings_of(budget=budget, uniform_first=7)) == 7
+    assert uniform_count(genome_of(3), settings_of(budget=budget)) == 0, "nothing finer there"
+    if budget == 12:
+        study = study_of(genome, settings_of(budget=budget))
+        go_on(study, genome, sphere, budget)
+        assert [len(set(values.values())) for values in drawn(study)] == [1] * 4 + [2] * 8
 
 
 def test_the_minimum_of_a_sphere_is_found() -> None:

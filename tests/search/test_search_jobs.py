@@ -218,10 +218,11 @@ def test_permuted_labels_are_no_synergy(
 def test_dry_run_says_what_it_would_cost_and_writes_no_model(
     search_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    said = " ".join(succeed(search_file(), tmp_path / "out", "--dry-run").split())
+    said = " ".join(succeed(search_file(uniform_first=None), tmp_path / "out", "--dry-run").split())
     for words in (
         "6 numbers",
         "cma, population 9",
+        "first 13 of 40 candidates are uniform",
         "3 studies",
         "x 40 candidates",
         "30 examples",
@@ -330,7 +331,7 @@ def test_settings_are_explained_and_are_the_defaults() -> None:
     data = yaml.safe_load(said)
     defaults = SearchSettings(recipe={}).model_dump(mode="json")
     assert {**data, "recipe": {}} == defaults
-    for words in ("# One of cma, tpe", "# recipe:   (required)", "uniform_first: 30"):
+    for words in ("# One of cma, tpe", "# recipe:   (required)", "uniform_first: null"):
         assert words in said or words.removeprefix("# ") in said
     for field in SearchSettings.model_fields.values():
         assert field.description, field

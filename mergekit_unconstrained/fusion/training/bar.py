@@ -29,6 +29,7 @@ class TrainingBar(transformers.TrainerCallback):
         self._console = Console(file=sys.stdout)
         self._bar: Progress | None = None
         self._figures: dict[str, float] = {}
+        self._measured = 0  # the step after which the held-out figure was taken
         self._began, self._first = time.monotonic(), 0
 
     def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
@@ -62,6 +63,8 @@ class TrainingBar(transformers.TrainerCallback):
         """Show the newest figures."""
         self._figures.update({k: v for k, v in logs.items() if isinstance(v, int | float)})
         step, total = state.global_step, state.max_steps
+        if "eval_bits_per_byte" in logs:
+            self._measured = step
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, figures=self.figures)
         elif "loss" in logs and state.is_world_process_zero and not self._quiet:
@@ -87,7 +90,10 @@ class TrainingBar(transformers.TrainerCallback):
 
     @property
     def figures(self) -> str:
-        """`loss 1.93 (gold 1.80, fusion 3.10), 0.92 bits per byte, 1,200 tokens/s`."""
+        """`loss 1.93 (gold 1.80, fusion 3.10), 120 tokens/s, held out 0.9 bits per byte (step 5)`.
+
+        The held-out figure is the last one that was measured, and says when that was.
+        """
         f = self._figures
         parts = []
         if "loss" in f:
@@ -97,10 +103,11 @@ class TrainingBar(transformers.TrainerCallback):
                 if f"{name}_loss" in f and "fusion_loss" in f
             ]
             parts.append(f"loss {f['loss']:.3f}" + (f" ({', '.join(halves)})" if halves else ""))
-        if "eval_bits_per_byte" in f:
-            parts.append(f"{f['eval_bits_per_byte']:.4f} bits per byte")
         if "tokens_per_second" in f:
             parts.append(f"{f['tokens_per_second']:,.0f} tokens/s")
+        if "eval_bits_per_byte" in f:
+            bits = f"{f['eval_bits_per_byte']:.4f} bits per byte"
+            parts.append(f"held out {bits} (step {self._measured})")
         return ", ".join(parts)
 
 
