@@ -37,12 +37,30 @@ PARENT = click.option(
 )
 
 
+def _print_template(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the template and end, whatever else is said."""
+    if not wanted or ctx.resilient_parsing:
+        return
+    from mergekit_unconstrained.hub.card import packaged_template
+
+    click.echo(packaged_template(), nl=False)
+    ctx.exit()
+
+
 @click.command()
 @FOLDER
 @click.option(
+    "--print-template",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_template,
+    help="Print our template, to begin a new one with, and end.",
+)
+@click.option(
     "--template",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="A Jinja template instead of ours; it runs in a sandbox.",
+    help="A Jinja template instead of ours, in a sandbox; it may include or extend merge.md.j2.",
 )
 @click.option("--repo", "repo_id", metavar="ORG/NAME", help="Where the model is, for the snippet.")
 @click.option("--tag", help="The tag or branch there that the snippet is pinned to.")
@@ -65,7 +83,9 @@ def card(
     """Write the README.md of DIR again, from its provenance.json, recipe and reports alone."""
     from mergekit_unconstrained.hub import facts, licences
     from mergekit_unconstrained.hub.folder_facts import rewrite
+    from mergekit_unconstrained.hub.names import check_tag_name
 
+    check_tag_name(tag, branch=True)
     for name in filter(None, (repo_id, *quantised)):
         if not facts.is_hub_id(name) or "/" not in name:
             raise click.BadParameter(f"{name!r} is no ORG/NAME of the Hub")

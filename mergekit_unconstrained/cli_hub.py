@@ -39,6 +39,11 @@ def push(
     compared with those here. Nothing is ever deleted. Whatever ends a push, the same command goes
     on with it. The token is that of `hf auth login` or HF_TOKEN, the Hub that of HF_ENDPOINT.
     """
+    from mergekit_unconstrained.hub.access import check_ready
+    from mergekit_unconstrained.hub.names import check_tag_name
+
+    check_tag_name(tag)
+    check_ready()  # before what takes seconds to import
     from mergekit_unconstrained.jobs import publishing
 
     publishing.push_folder(

@@ -14,9 +14,11 @@ import jinja2.nodes
 import pydantic
 import pytest
 import yaml
+from click.testing import CliRunner
 from huggingface_hub import ModelCardData
 from markdown_it import MarkdownIt
 
+from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.errors import UnconstrainedError
 from mergekit_unconstrained.fusion.settings import LossName, TargetName
 from mergekit_unconstrained.hub import card, markdown
@@ -384,6 +386,25 @@ def test_what_is_missing_is_said():
     assert said == ("Which commit of o/m was read.",)
 
 
+def test_every_parent_under_a_licence_without_a_rule_is_named():
+    parents = tuple(
+        Parent("expert", Source(name, name, COMMIT, licence=licence))
+        for name, licence in (("o/a", "other: my-own"), ("o/b", "MIT"), ("o/c", "poetic-1.0"))
+    )
+    (said,) = (one for one in unknowns(least(parents=parents)) if "demands" in one)
+    assert "o/a (declared as 'other: my-own') and o/c (declared as 'poetic-1.0')" in said
+    assert "o/b" not in said
+
+
+def test_densities_stand_next_to_the_weights():
+    base = Parent("base", Source("base"))
+    thin = Parent("expert", Source("thin"), weight="0.5", density="0.20 to 0.40, by kind")
+    text = render(least(parents=(base, thin)))
+    assert "| Weight | Density |" in text
+    assert "| 0.5 | 0.20 to 0.40, by kind |" in text
+    assert "Density" not in render(least(parents=(base, dataclasses.replace(thin, density=""))))
+
+
 def test_long_tables_of_coefficients_are_folded():
     table = "layers: 99\n" + "# row\n" * 40
     text = render(least(coefficients=table))
@@ -525,6 +546,21 @@ def test_every_value_of_the_template_passes_through_a_filter():
                 assert isinstance(node, jinja2.nodes.TemplateData)
 
 
+def test_a_model_that_may_not_be_shared_is_under_no_parents_licence(tmp_path):
+    for licence, said in (("cc-by-nd-4.0", "forbids to share"), ("gpl-3.0", "None that keeps all")):
+        parents = (
+            Parent("base", Source("o/b", "o/b", licence="cc-by-nc-4.0")),
+            Parent("expert", Source("o/e", "o/e", licence=licence)),
+        )
+        write(tmp_path, least(parents=parents))
+        text = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert metadata(text)["license"] == "other"
+        assert metadata(text)["license_name"] != licence
+        assert metadata(text)["license_link"] == "LICENSE.md"
+        assert said in text
+        assert "o/e" in (tmp_path / "LICENSE.md").read_text(encoding="utf-8")
+
+
 # -- templates of users, writing ----------------------------------------------------------------
 
 
@@ -543,6 +579,45 @@ def test_a_template_of_ones_own_is_used_and_cannot_reach_out(tmp_path):
             render(least(), template)
     with pytest.raises(UnconstrainedError, match="cannot be read"):
         render(least(), tmp_path / "missing.j2")
+
+
+def test_a_template_of_ones_own_may_include_and_extend_ours_alone(tmp_path):
+    template = tmp_path / "own.j2"
+    template.write_text('{% include "merge.md.j2" %}\n\nMore.', encoding="utf-8")
+    assert render(facts(), template) == render(facts()) + "\nMore.\n"
+    blocks = re.findall(r"{% block (\w+) %}", card.packaged_template())
+    for name in blocks:
+        text = '{% extends "merge.md.j2" %}{% block ' + name + " %}@@{% endblock %}"
+        template.write_text(text, encoding="utf-8")
+        before, after = render(facts(), template).split("@@")
+        assert render(facts()).startswith(before.rstrip())
+        assert render(facts()).endswith(after.lstrip())
+    assert re.search(r"replace a block: (.*?)\.\n", card.packaged_template(), re.S)[1].split() == [
+        f"{name}," for name in blocks[:-1]
+    ] + [blocks[-1]]
+    (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
+    for name in ("secret.txt", "../secret.txt", str(tmp_path / "secret.txt"), "example.md"):
+        template.write_text(f'{{% include "{name}" %}}', encoding="utf-8")
+        with pytest.raises(UnconstrainedError, match=r"only merge\.md\.j2 and licence\.md\.j2 can"):
+            render(least(), template)
+
+
+def test_an_error_of_a_template_names_what_there_is(tmp_path):
+    template = tmp_path / "own.j2"
+    for text, message in (("{{ title }}", "'title' is undefined"), ("{{ facts.x | md }}", "'x'")):
+        template.write_text(text, encoding="utf-8")
+        with pytest.raises(UnconstrainedError) as raised:
+            render(least(), template)
+        assert message in raised.value.message
+        assert "A template knows disclaimer, facts, finding, front_matter, " in raised.value.message
+        assert "facts has title, method, parents, " in raised.value.message
+        assert "mergekit_unconstrained" not in raised.value.message
+
+
+def test_the_template_is_printed_without_a_folder():
+    printed = CliRunner().invoke(main, ["card", "--print-template"])
+    assert printed.exit_code == 0
+    assert printed.output == (CARDS / "merge.md.j2").read_text(encoding="utf-8")
 
 
 def test_a_card_is_written_whole_or_not_at_all(tmp_path):

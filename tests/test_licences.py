@@ -12,6 +12,7 @@ from mergekit_unconstrained.hub.licences import (
     STATUSES,
     Verdict,
     distillation,
+    kept_private,
     named,
     told,
     verdict,
@@ -69,8 +70,8 @@ def test_a_model_of_one_licence_stays_under_it(licence):
     if licence in WITHOUT_RULE:
         assert (found.effective, found.status) == ("other", "review")
     else:
-        assert found.effective == licence
         refused = RULES[licence].family == "no derivatives"
+        assert found.effective == ("other" if refused else licence)
         assert found.status == ("refused" if refused else "clear")
 
 
@@ -118,6 +119,19 @@ def family(*names: str) -> list[str]:
 def test_no_derivatives_are_refused_whatever_is_beside_them():
     for licence, other in itertools.product(family("no derivatives"), HUB):
         assert fold(licence, other).status == "refused"
+
+
+def test_a_result_that_may_not_be_shared_gets_nobodys_licence():
+    for licences in (["cc-by-nd-4.0"], ["cc-by-nd-4.0", "mit"], ["cc-by-nc-nd-4.0", None]):
+        found = fold(*licences)
+        assert (found.effective, found.name, found.link) == ("other", "not-to-be-shared", None)
+        assert found.grounds == ()
+        assert "m is under CC BY-" in kept_private(found)
+        assert kept_private(found).startswith("private only (refused): ")
+    found = verdict([("p", "apache-2.0")], [("t", "llama2")])
+    assert (found.effective, found.name) == ("other", "conflicting-terms")
+    assert "until somebody has checked the licences (conflict)" in kept_private(found)
+    assert kept_private(fold("mit")) is kept_private(fold(None)) is None
 
 
 def test_copyleft_conflicts_with_whatever_adds_restrictions():
@@ -172,12 +186,12 @@ def test_known_pairs(licences, effective, status):
         ("apache-2.0", "gemma", "gemma", "clear", ""),  # its terms follow distillation
         ("llama3.1", "gemma", "other", "review", "No single licence"),
         ("gpl-3.0", "gemma", "other", "conflict", "cannot both be kept"),
-        ("apache-2.0", "llama2", "apache-2.0", "conflict", "forbids"),
-        ("apache-2.0", "llama3", "apache-2.0", "conflict", "forbids"),
+        ("apache-2.0", "llama2", "other", "conflict", "forbids"),
+        ("apache-2.0", "llama3", "other", "conflict", "forbids"),
         ("llama3", "llama3", "llama3", "clear", ""),  # derivatives of Llama 3 may learn from it
         ("apache-2.0", "llama3.1", "apache-2.0", "review", "begins with Llama"),
         ("apache-2.0", "cc-by-nc-4.0", "apache-2.0", "review", "not clear"),
-        ("apache-2.0", "cc-by-nd-4.0", "apache-2.0", "conflict", "not clear"),
+        ("apache-2.0", "cc-by-nd-4.0", "other", "conflict", "not clear"),
         ("apache-2.0", "bigscience-openrail-m", "bigscience-openrail-m", "clear", ""),
         ("apache-2.0", None, "apache-2.0", "review", "is not known"),
     ],

@@ -169,6 +169,25 @@ def test_a_template_of_ones_own_is_used(here: Path) -> None:
     assert Path("out/README.md").read_text() == "out by `layerwise`\n"
 
 
+def test_densities_are_kept_where_something_is_thinned(here: Path) -> None:
+    table = {
+        "layers": 4,
+        "experts": {
+            "expert1": {"default": {"weight": 0.4, "density": 0.5}},
+            "expert2": {"default": 0.2},
+        },
+    }
+    Path("table.yml").write_text(yaml.safe_dump(table))
+    recipe = yaml.safe_load(Path("recipe.yml").read_text())
+    recipe["parameters"]["operator"] = "ties"
+    Path("thin.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    result = run("yaml", "thin.yml", "thin", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert [p.density for p in provenance.load(Path("thin")).parents][:2] == ["", "0.5"]
+    assert "| Weight | Density |" in Path("thin/README.md").read_text()
+    assert {p.density for p in provenance.load(Path("out")).parents} == {""}
+
+
 def scores(*models: str) -> str:
     task = {"mean": 0.5, "standard_error": 0.1, "n": 20, "failures": 0}
     found = {model: {"mean": 0.5, "tasks": {"sums": task}} for model in models}

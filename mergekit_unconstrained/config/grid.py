@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mergekit_unconstrained.config.table import Coefficients
 from mergekit_unconstrained.numerics.roles import LAYER_KINDS, OUTER_KINDS, Role, role_from_name
@@ -96,19 +97,22 @@ def build_grid(roles: Mapping[str, Role], values: Mapping[str, Mapping[str, Coef
     )
 
 
-def summary(expert: ExpertGrid) -> str:
-    """An expert's weights in a few words: `0.5`, or `0.10 to 0.90, by layer and kind`."""
-    weights = [cell.weight for cell in expert.cells if cell.weight is not None]
+def summary(expert: ExpertGrid, what: Literal["weight", "density"] = "weight") -> str:
+    """An expert's weights in a few words: `0.5`, or `0.10 to 0.90, by layer and kind`.
+
+    what: the densities instead.
+    """
+    weights = [one for one in (getattr(cell, what) for cell in expert.cells) if one is not None]
     if not weights:
         return ""
     low, high = min(weights), max(weights)
-    if low == high and not any("weight" in cell.mixed for cell in expert.cells):
+    if low == high and not any(what in cell.mixed for cell in expert.cells):
         return f"{low:g}"
     of_layer: dict[int, set[float | None]] = {}
     of_kind: dict[str, set[float | None]] = {}
     for (layer, kind), cell in expert.inner.items():
-        of_layer.setdefault(layer, set()).add(cell.weight)
-        of_kind.setdefault(kind, set()).add(cell.weight)
+        of_layer.setdefault(layer, set()).add(getattr(cell, what))
+        of_kind.setdefault(kind, set()).add(getattr(cell, what))
     words = [
         word
         for word, differs in (

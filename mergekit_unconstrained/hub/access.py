@@ -7,21 +7,21 @@ the parents that are not here yet
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi
+import huggingface_hub
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from mergekit_unconstrained.errors import HubError, UnconstrainedError
-from mergekit_unconstrained.hub.refusals import explained
+from mergekit_unconstrained.hub.names import check_tag_name
+from mergekit_unconstrained.hub.refusals import OFFLINE, explained, no_token
 from mergekit_unconstrained.hub.retry import Patience, patiently, status_of
 
 T = TypeVar("T")
-_TAG = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ def connect(api: HfApi | None = None, patience: Patience | None = None) -> Hub:
     return Hub(api, patience or Patience())
 
 
+def check_ready() -> None:
+    """HubError where nothing can be published as things are; asks nobody."""
+    api = HfApi()
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"cannot publish: {OFFLINE}")
+    if huggingface_hub.get_token() is None:
+        raise HubError(f"cannot publish: {no_token(api)}")
+
+
 def check_access(
     repo_id: str,
     *,
@@ -81,11 +90,10 @@ def check_access(
     parents: models on the Hub that will be needed. create: False for a dry run, in which head is
     "" for a repository that is not there. HubError names cause and remedy.
     """
+    check_tag_name(tag)
     hub = connect(api, patience)
     who = hub.ask(lambda: _whoami(hub.api), "publish to", repo_id)
     full = _named(repo_id, who, hub)
-    if tag is not None and (not _TAG.fullmatch(tag) or ".." in tag or tag.endswith(".lock")):
-        raise HubError(f"{tag!r} is no name for a tag: letters, digits, `.`, `-` and `_`, as in v1")
     for parent in dict.fromkeys(parents):
         hub.ask(lambda name=parent: hub.api.auth_check(name), "read", parent)  # type: ignore[misc]
     info = _info(hub, full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -57,6 +58,8 @@ __all__ = [
 TEMPLATE = "model_cards/merge.md.j2"
 TERMS_TEMPLATE = "model_cards/licence.md.j2"
 TERMS = "LICENSE.md"
+PACKAGED = {Path(name).name: name for name in (TEMPLATE, TERMS_TEMPLATE)}
+"""What a template may include or extend."""
 _FILE_NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -73,6 +76,7 @@ def render(facts: CardFacts, template: Path | None = None) -> str:
         "told_method": told_method(facts),
         "varies": varies(facts),
         "disclaimer": NOT_LEGAL_ADVICE,
+        "rules": RULES,
     }
     # However many optional parts are missing, paragraphs are one empty line apart.
     return _outside_code(_filled(template or resource(TEMPLATE), known)).strip() + "\n"
@@ -189,10 +193,21 @@ def _slug(text: str) -> str:
 def _filled(path: Path, known: Mapping[str, Any]) -> str:
     try:
         return _compiled(path.read_text(encoding="utf-8")).render(known)
+    except jinja2.TemplateNotFound as error:  # an OSError as well
+        raise UnconstrainedError(
+            f"card template {path}: it includes or extends {error.name!r}, and only "
+            f"{listed(list(PACKAGED))} can be: put everything else into the template itself"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UnconstrainedError(f"card template {path} cannot be read: {error}") from None
     except jinja2.TemplateSyntaxError as error:
         raise UnconstrainedError(f"card template {path}:{error.lineno}: {error.message}") from None
+    except jinja2.UndefinedError as error:
+        said = str(error.message).replace(f"{CardFacts.__module__}.", "")
+        raise UnconstrainedError(
+            f"card template {path}: {said}. A template knows {', '.join(sorted(known))}; facts has "
+            f"{', '.join(field.name for field in dataclasses.fields(CardFacts))}"
+        ) from None
     except jinja2.TemplateError as error:
         raise UnconstrainedError(f"card template {path}: {error.message}") from None
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
@@ -204,9 +219,20 @@ def _compiled(source: str) -> jinja2.Template:
     return _environment().from_string(source)
 
 
+def _packaged(name: str) -> str | None:
+    """The text of one of our own templates, None for every other name: no file of the user's."""
+    return packaged_template(name) if name in PACKAGED else None
+
+
+def packaged_template(name: str = "merge.md.j2") -> str:
+    """The text of a template that comes with this package."""
+    return resource(PACKAGED[name]).read_text(encoding="utf-8")
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = ImmutableSandboxedEnvironment(
+        loader=jinja2.FunctionLoader(_packaged),
         autoescape=False,  # this is Markdown: the filters below know how
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ConfigDict, TypeAdapter
 
-from mergekit_unconstrained.hub.licences import Verdict, named, verdict
+from mergekit_unconstrained.hub.licences import Verdict, is_known, named, verdict
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -74,7 +74,8 @@ class DataSet:
 class Parent:
     """A model that was merged.
 
-    role: base or expert. weight: in a few words (config.grid.summary). parameters: their number.
+    role: base or expert. weight, density: in a few words (config.grid.summary); no density where
+    nothing was thinned. parameters: their number.
     adapter: what was added to `model` before merging.
     """
 
@@ -86,6 +87,7 @@ class Parent:
     weight: str = ""
     architecture: str = ""
     parameters: int | None = None
+    density: str = ""
 
     @property
     def name(self) -> str:
@@ -327,8 +329,15 @@ def unknowns(facts: CardFacts) -> tuple[str, ...]:
         )
     if unpinned:
         found.append(f"Which commit of {listed(unpinned)} was read.")
+    unknown = [s for s in sources if s.licence and not is_known(s.licence)]
+    declared = [f"{s.name} (declared as {s.licence!r})" for s in unknown]
     if unlicensed:
         found.append(f"The licence of {listed(unlicensed)}, and so the licence of this model.")
+    if declared:
+        found.append(
+            f"What the licence of {listed(declared)} demands, and so the licence of this model: no "
+            "rule is known for it."
+        )
     if local_data:
         found.append(
             f"Where the data {listed(local_data)} came from: it was a local file of whoever made "

@@ -11,7 +11,7 @@ from pathlib import Path
 from mergekit_unconstrained.errors import HubError
 from mergekit_unconstrained.hub import provenance
 from mergekit_unconstrained.hub.folder_facts import card_facts
-from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE, Verdict, told
+from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE, Verdict, kept_private, told
 
 ANSWERED = "say --i-checked-the-licences when you know that it may be public"
 
@@ -39,6 +39,13 @@ def licence_lines(folder: Path, repo_id: str) -> tuple[str, ...]:
     if not (folder / provenance.FILE).is_file():
         return (f"nothing is known of the licences: there is no {provenance.FILE}",)
     return told(_verdict(folder, provenance.load(folder), repo_id))
+
+
+def private_only(folder: Path, repo_id: str) -> str | None:
+    """Why a folder is only for a private repository; None where it may be public, or may be so."""
+    if not (folder / provenance.FILE).is_file():
+        return None
+    return kept_private(_verdict(folder, provenance.load(folder), repo_id))
 
 
 def _verdict(folder: Path, known: provenance.Provenance, repo_id: str) -> Verdict:

@@ -26,6 +26,8 @@ __all__ = [
     "Status",
     "Verdict",
     "distillation",
+    "is_known",
+    "kept_private",
     "named",
     "told",
     "verdict",
@@ -46,7 +48,8 @@ Named = tuple[str, str | None]
 class Verdict:
     """What may be said of a result's licence.
 
-    effective: the Hub's short name, or `other`. name: for people, and the Hub's `license_name`
+    effective: the Hub's short name, or `other`; always that where the result is refused or its
+    terms conflict, as no licence can then be given. name: for people, and the Hub's `license_name`
     where effective is `other`. link: the text; None where there is no single one. duties: of
     whoever publishes the result. reasons: why the status is not `clear`. grounds: why it is this
     licence. beginnings: what the result's name has to begin with, and the licence that asks for it.
@@ -99,6 +102,15 @@ def named(found: Verdict, name: str) -> Verdict:
     return replace(found, status=status, reasons=tuple(sorted((*found.reasons, *broken))))
 
 
+def kept_private(found: Verdict) -> str | None:
+    """One line for a terminal where a result is not to be given away as it is, else None."""
+    until = {"refused": "", "conflict": " until somebody has checked the licences"}
+    if found.status not in until:
+        return None
+    why = " ".join(found.reasons)
+    return f"private only{until[found.status]} ({found.status}): {why} (Not legal advice.)"
+
+
 def _letters(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).casefold()
 
@@ -113,6 +125,11 @@ def told(found: Verdict) -> tuple[str, ...]:
         *(f"- duty: {duty}" for duty in found.duties),
         NOT_LEGAL_ADVICE,
     )
+
+
+def is_known(licence: str | None) -> bool:
+    """Whether there is a rule for a licence, as a card declares it."""
+    return _rule(licence) is not None
 
 
 def distillation(model: str, licence: str | None) -> str | None:
@@ -202,9 +219,10 @@ class _Fold:
         chosen = _covering(self.binding)
         if chosen is None and self.binding:
             self._why_none()
+        given = chosen if self.status in ("clear", "review") and not self.unknown else None
         under = self.binding | ({chosen} if chosen is not None else set())
         duties = self.duties | {duty for rule in under for duty in rule.all_duties}
-        grounds = (*sorted(self.following), *self._why(chosen))
+        grounds = (*sorted(self.following), *self._why(given))
         beginnings = self.beginnings | {(r.beginning, r.name) for r in under if r.beginning}
         done = (
             self.status,
@@ -213,11 +231,18 @@ class _Fold:
             grounds,
             tuple(sorted(beginnings)),
         )
-        if chosen is not None and not self.unknown:
-            return Verdict(chosen.id, chosen.name, chosen.link, *done)
+        if given is not None:
+            return Verdict(given.id, given.name, given.link, *done)
+        return Verdict("other", self._name(chosen), None, *done)
+
+    def _name(self, chosen: Rule | None) -> str:
+        """For the terms where no licence can be named. chosen: it could, were there no conflict."""
+        if self.status == "refused":
+            return "not-to-be-shared"
+        if self.status == "conflict" and chosen is not None and not self.unknown:
+            return "conflicting-terms"
         names = sorted(rule.id for rule in self.binding if rule.demands)
-        name = "-and-".join([*names, *(["unknown"] if self.unknown else [])])
-        return Verdict("other", name, None, *done)
+        return "-and-".join([*names, *(["unknown"] if self.unknown else [])])
 
     def _parent(self, name: str, licence: str | None) -> None:
         rule = _rule(licence)
@@ -236,7 +261,7 @@ class _Fold:
 
     def _why(self, chosen: Rule | None) -> tuple[str, ...]:
         """Why the result stands under this licence rather than another one's."""
-        if chosen is None or self.unknown:
+        if chosen is None:
             return ()
         others = sorted(rule.name for rule in self.binding if rule != chosen)
         if not others:

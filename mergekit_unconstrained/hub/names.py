@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from mergekit_unconstrained.errors import HubError
+
 _HUB_ID = re.compile(r"(?!\.\.?/)[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]?$")
+_TAG = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 _PATH = re.compile(
     r"(?<![\w:/.~\\-])(?:file://)?(?:~|/|\\\\|[A-Za-z]:[\\/])[^\s'\"`,;:{}()\[\]<>|]*"
 )
@@ -59,3 +62,15 @@ def _part(path: str, local: bool) -> str:
 
 def _last(path: str) -> str:
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2].lstrip("~")
+
+
+def check_tag_name(tag: str | None, branch: bool = False) -> None:
+    """HubError for what git takes for no tag. branch: it may be a branch's name, with slashes."""
+    parts = tag.split("/") if tag is not None and branch else [tag]
+    for part in parts:
+        if part is None:
+            continue
+        if not _TAG.fullmatch(part) or ".." in part or part.endswith(".lock"):
+            raise HubError(
+                f"{tag!r} is no name for a tag: letters, digits, `.`, `-` and `_`, as in v1"
+            )

@@ -34,6 +34,7 @@ from mergekit_unconstrained.hub.local_files import (
     local_files,
     refuse_secrets,
 )
+from mergekit_unconstrained.hub.refusals import MAKE_PUBLIC
 from mergekit_unconstrained.hub.retry import Patience, lost
 
 XET_RESUMES = {
@@ -130,13 +131,15 @@ def push(
     commit = _send(upload, changed, quiet) if changed else head
     _verify(upload, commit)
     if tag is not None:
-        refs.set_tag(hub, access.repo_id, tag, commit)
+        with _only_missing(f"the tag {tag}", commit):
+            refs.set_tag(hub, access.repo_id, tag, commit)
     if not private and access.private and not pr:
-        hub.ask(
-            lambda: hub.api.update_repo_settings(access.repo_id, private=False),
-            "make public",
-            access.repo_id,
-        )
+        with _only_missing("that it is public", commit):
+            hub.ask(
+                lambda: hub.api.update_repo_settings(access.repo_id, private=False),
+                MAKE_PUBLIC,
+                access.repo_id,
+            )
     publication.finish(folder, access.repo_id, commit)
     return Pushed(
         repo_id=access.repo_id,
@@ -151,6 +154,18 @@ def push(
         tag=tag,
         pull_request=pull.url if pull else None,
     )
+
+
+@contextmanager
+def _only_missing(what: str, commit: str) -> Iterator[None]:
+    """An error of what comes behind the commit says that the files are there."""
+    try:
+        yield
+    except HubError as error:
+        raise HubError(
+            f"all files are published already (commit {commit[:12]}), only {what} is missing: "
+            f"{error.message}"
+        ) from error
 
 
 def look(

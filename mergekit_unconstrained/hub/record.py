@@ -152,12 +152,14 @@ def _parent(
     parent: Parent, plan: Plan, names: dict[str, str], digests: BackgroundDigests
 ) -> facts.Parent:
     is_base = parent is plan.base
+    thinned = grid_of(plan).has_densities
     grid = build_grid(plan.roles, {"": plan.coefficients.get(parent.name, {})})
     return facts.Parent(
         role="base" if is_base else "expert",
         model=sources.source_of(parent, names, digests),
         adapter=sources.adapter_of(parent, names, digests),
         weight="" if is_base else summary(grid.experts[""]),
+        density="" if is_base or not thinned else summary(grid.experts[""], "density"),
         architecture=sources.architecture_of(parent),
         parameters=sources.parameters_of(parent),
     )

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from mergekit_unconstrained.errors import HubError
 from mergekit_unconstrained.hub.access import Hub
+from mergekit_unconstrained.hub.refusals import TAG
 from mergekit_unconstrained.hub.retry import status_of
 
 TITLE = "Upload with mergekit-unconstrained"
@@ -54,7 +55,7 @@ def set_tag(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
                 raise
             check_tag(hub, repo_id, tag, commit)  # there since a lost answer, or by somebody else
 
-    hub.ask(attempt, "tag", repo_id, also=(409,))
+    hub.ask(attempt, TAG, repo_id, also=(409,))
 
 
 def own_pull_request(hub: Hub, repo_id: str, user: str) -> PullRequest:

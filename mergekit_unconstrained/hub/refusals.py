@@ -21,6 +21,10 @@ from huggingface_hub.errors import (
 from mergekit_unconstrained.errors import HubError
 from mergekit_unconstrained.hub.retry import root, status_of, wait_asked
 
+TAG, MAKE_PUBLIC = "tag", "make public"
+"""What is done behind the commit."""
+OFFLINE = "HF_HUB_OFFLINE is set: unset it to publish"
+ELSEWHERE = ", another name, or --pr"
 AGAIN = "Nothing was lost: run the same command again to go on"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:bearer)\s+\S+")
 
@@ -37,14 +41,16 @@ def explained(error: BaseException, doing: str, repo_id: str, api: HfApi) -> Hub
     """The error to raise. doing: what failed, `upload to`; the repository follows."""
     cause = root(error)
     where = f"cannot {doing} {repo_id}"
-    return HubError(redacted(f"{where}: {_reason(cause, repo_id, api)}", api))
+    # Behind the commit all files are there, and another place is no remedy.
+    elsewhere = "" if doing in (TAG, MAKE_PUBLIC) else ELSEWHERE
+    return HubError(redacted(f"{where}: {_reason(cause, repo_id, api, elsewhere)}", api))
 
 
-def _reason(cause: BaseException, repo_id: str, api: HfApi) -> str:
+def _reason(cause: BaseException, repo_id: str, api: HfApi, elsewhere: str) -> str:
     if isinstance(cause, LocalTokenNotFoundError):
-        return f"there is no token. {log_in(api)}"
+        return no_token(api)
     if isinstance(cause, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: unset it to publish"
+        return OFFLINE
     if isinstance(cause, HFValidationError):
         return f"that is no name of a repository: {_one_line(cause)}"
     if isinstance(cause, GatedRepoError):
@@ -55,7 +61,7 @@ def _reason(cause: BaseException, repo_id: str, api: HfApi) -> str:
     if isinstance(cause, RevisionNotFoundError):
         return f"there is no such revision ({_said(cause)})"
     if isinstance(cause, HfHubHTTPError):
-        return _answer(cause, repo_id, api)
+        return _answer(cause, repo_id, api, elsewhere)
     if isinstance(cause, json.JSONDecodeError):
         return (
             f"{api.endpoint} answers with a page that is not the Hub's, as a proxy or an outage "
@@ -68,7 +74,8 @@ def _reason(cause: BaseException, repo_id: str, api: HfApi) -> str:
     return _one_line(cause)
 
 
-def _answer(cause: HfHubHTTPError, repo_id: str, api: HfApi) -> str:
+def _answer(cause: HfHubHTTPError, repo_id: str, api: HfApi, elsewhere: str) -> str:
+    """elsewhere: where it may be published instead, behind a comma."""
     status, said = cause.response.status_code, _said(cause)
     if status == 401:
         return (
@@ -83,8 +90,7 @@ def _answer(cause: HfHubHTTPError, repo_id: str, api: HfApi) -> str:
     if status in (402, 403):
         return (
             f"the token has no right to do that ({said}): use one with write access to "
-            f"{repo_id.partition('/')[0]} ({api.endpoint}/settings/tokens), another name, or --pr. "
-            f"{AGAIN}"
+            f"{repo_id.partition('/')[0]} ({api.endpoint}/settings/tokens){elsewhere}. {AGAIN}"
         )
     if status == 404:
         return (
@@ -119,6 +125,11 @@ def _no_answer(cause: HTTPError, api: HfApi) -> str:
     return f"the connection to {api.endpoint} breaks again and again ({kind}). {AGAIN}"
 
 
+def no_token(api: HfApi) -> str:
+    """What is said where nobody is logged in."""
+    return f"there is no token. {log_in(api)}"
+
+
 def log_in(api: HfApi) -> str:
     """How to give a token."""
     return (
@@ -141,7 +152,7 @@ def _xet_reason(repo_id: str, api: HfApi) -> str | None:
         answer: Any = huggingface_hub.get_session().get(url, headers=headers)
         huggingface_hub.utils.hf_raise_for_status(answer)
     except HfHubHTTPError as error:
-        return _answer(error, repo_id, api)
+        return _answer(error, repo_id, api, ELSEWHERE)
     except Exception:
         return None
     return None

@@ -66,6 +66,7 @@ def run(
     found = plan(document, config, method, options)
     if found.job.dry_run:
         show(found, out)
+        publication_of(found, options).warn()
         return
     fuse(found, out, options, run_merge)
 

@@ -109,13 +109,14 @@ def run(
     found = plan(document, config, method, options)
     if found.job.dry_run:
         show(found, out)
+        _warn(found, options)
         return
     if found.fusion is None:
         (group,) = found.groups
         assert group.recipe is not None
         text = group.recipe.text or ""
         config = MergeConfiguration.model_validate(yaml.safe_load(text))
-        parents = (*((group.base,) if group.base is not None else ()), *group.members)
+        parents = _parents(group)
         asked = [without_keys(document).data, group.recipe.data, files_hash(parents)]
         publication = Publication(found.job, hashed({"job": asked}), parents, quiet=options.quiet)
         publication.check(card=options.write_model_card)
@@ -124,14 +125,30 @@ def run(
             publication=publication,
         )  # fmt: skip
         return
-    groups = tuple(MergedGroup(g.name, g.base, g.members) for g in found.groups)
-    publication = fusing.publication_of(dataclasses.replace(found.fusion, groups=groups), options)
+    publication = _of_fusion(found, found.fusion, options)
     publication.check(card=options.write_model_card)
     if publication.goes_on(out):
         publication.push(out)
         return
     fused = merged_groups(found, found.fusion, out, options, run_merge)
     fusing.fuse(fused, out, options, run_merge, publication=publication)
+
+
+def _parents(group: Any) -> tuple[Parent, ...]:
+    return (*((group.base,) if group.base is not None else ()), *group.members)
+
+
+def _of_fusion(found: Mixture, fusion: FusionPlan, options: MergeOptions) -> Publication:
+    groups = tuple(MergedGroup(g.name, g.base, g.members) for g in found.groups)
+    return fusing.publication_of(dataclasses.replace(fusion, groups=groups), options)
+
+
+def _warn(found: Mixture, options: MergeOptions) -> None:
+    """What of a plan may not be given away."""
+    if found.fusion is not None:
+        _of_fusion(found, found.fusion, options).warn()
+    else:
+        Publication(found.job, "", _parents(found.groups[0])).warn()
 
 
 def merged_groups(

@@ -16,7 +16,8 @@ from mergekit_unconstrained.config.recipe import HUB_KEYS, JobOptions
 from mergekit_unconstrained.errors import HubError, RecipeError
 from mergekit_unconstrained.hub import publication, sources
 from mergekit_unconstrained.hub.access import check_access
-from mergekit_unconstrained.hub.licences import verdict
+from mergekit_unconstrained.hub.gate import private_only
+from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE, Verdict, kept_private, verdict
 from mergekit_unconstrained.hub.push import look, push
 from mergekit_unconstrained.hub.retry import Patience
 from mergekit_unconstrained.present import byte_progress, hub, status
@@ -46,6 +47,9 @@ def push_folder(
         )
         hub.print_dry_run(*found)
         return
+    warning = private_only(folder, repo) if private else None
+    if warning is not None:
+        hub.tell(warning)
     done = push(
         folder,
         repo,
@@ -77,8 +81,9 @@ class Publication:
     def check(self, card: bool = True) -> None:
         """Everything that can be known before the work; HubError or RecipeError.
 
-        card: whether one will be written.
+        card: whether one will be written. Says on the console what may not be given away.
         """
+        self.warn()
         if self.job.push_to_hub is None:
             given = [key for key in HUB_KEYS if key in self.job.model_fields_set]
             if given:
@@ -127,20 +132,37 @@ class Publication:
         parents = (*self.merged, *self.teachers)
         return [p.reference.model.path for p in parents if p.folder is None]
 
-    def _check_licences(self) -> None:
+    def warn(self) -> None:
+        """One line where the parents' licences forbid to share the result, or conflict."""
+        found = self._verdict()
+        warning = kept_private(found) if found is not None else None
+        if warning is not None:
+            hub.tell(f"the result is {warning}")
+
+    def _verdict(self) -> Verdict | None:
         """As far as the parents' own cards are here; the push looks again, at all that went in."""
         parents = (*self.merged, *self.teachers)
         if any(p.folder is None for p in parents) or not self.merged:
-            return
+            return None
         merged, teachers = (
             [(p.name, sources.licence(p.folder)) for p in some]
             for some in (self.merged, self.teachers)
         )
-        found = verdict(merged, teachers)
-        if not found.may_be_public:
+        return verdict(merged, teachers)
+
+    def _check_licences(self) -> None:
+        found = self._verdict()
+        if found is None or found.may_be_public:
+            return
+        why = " ".join(found.reasons)
+        if found.status == "refused":
             raise HubError(
-                f"`hub_private: false`: the licences need a look before this is public "
-                f"({found.status}): {' '.join(found.reasons)} Leave it private, and when it is "
-                f"made, `mergekit-unconstrained push OUT {self.job.push_to_hub} --public "
-                "--i-checked-the-licences` if you know that it may be"
+                f"`hub_private: false`: the licences forbid to publish this: {why} Leave it "
+                f"private. {NOT_LEGAL_ADVICE}"
             )
+        raise HubError(
+            f"`hub_private: false`: the licences need a look before this is public "
+            f"({found.status}): {why} Leave it private, and when it is made, "
+            f"`mergekit-unconstrained push OUT {self.job.push_to_hub} --public "
+            "--i-checked-the-licences` if you know that it may be"
+        )

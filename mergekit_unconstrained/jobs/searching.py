@@ -212,6 +212,7 @@ def search(
     publication = Publication(plan.merge.job, plan.job, parents, quiet=options.quiet)
     display.print_plan(plan)
     if dry_run:
+        publication.warn()
         return
     publication.check(card=options.write_model_card)
     if publication.goes_on(out):

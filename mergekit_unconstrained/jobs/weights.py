@@ -92,12 +92,13 @@ def run_job(
     started = time.monotonic()
     plan = make_plan(document, config, method, options)
     whole_model.measures_of(plan)
+    parents = (plan.base, *plan.experts)
     if plan.job.dry_run:
         present.print_plan(plan, out)
+        Publication(plan.job, "", parents).warn()
         return
     plan = dataclasses.replace(plan, document=without_keys(plan.document))
     if publication is None:
-        parents = (plan.base, *plan.experts)
         publication = Publication(plan.job, _job_hash(plan), parents, quiet=options.quiet)
         publication.check(card=options.write_model_card)
     if publication.goes_on(out):

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import HfApi, constants
 
+from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.errors import HubError
 from mergekit_unconstrained.hub import gate, provenance, publication
 from mergekit_unconstrained.hub.access import check_access
 from mergekit_unconstrained.hub.facts import Method, Parent, Source
 from mergekit_unconstrained.hub.licences import verdict
+from mergekit_unconstrained.hub.names import check_tag_name
 from mergekit_unconstrained.hub.push import look, push
 from mergekit_unconstrained.hub.refusals import redacted
 from tests.hub.conftest import Clock, holds
@@ -113,6 +119,66 @@ def test_no_way_to_the_hub(hub: HubStandIn, clock: Clock, monkeypatch: pytest.Mo
     assert "does not answer as the Hub does" in message(hub.storage_url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in message(hub.url)
+
+
+def test_an_impossible_tag_is_refused_before_anybody_is_asked(
+    hub: HubStandIn, api: HfApi, folder: Path
+) -> None:
+    for tag in ("../v1", "v1.lock", "a b", "v..1", "", "-v1", "a/b"):
+        with pytest.raises(HubError, match="is no name for a tag"):
+            check_access(REPO, tag=tag, api=api)
+    check_tag_name("feature/x", branch=True)
+    with pytest.raises(HubError, match="is no name for a tag"):
+        check_tag_name("feature//x", branch=True)
+    for command in (["push", str(folder), REPO], ["card", str(folder)]):
+        told = CliRunner().invoke(main, [*command, "--tag", "no tag"])
+        assert (told.exit_code, told.output.count("\n")) == (1, 1), told.output
+        assert "'no tag' is no name for a tag" in told.output
+    assert not hub.requests
+
+
+def test_a_refusal_behind_the_commit_says_that_the_files_are_there(
+    hub: HubStandIn, api: HfApi, clock: Clock, folder: Path
+) -> None:
+    for endpoint, missing in (("tag", "the tag v1"), ("settings", "that it is public")):
+        hub.fail(endpoint, 403, times=9)
+        with pytest.raises(HubError) as raised:
+            push(
+                folder, REPO, tag="v1", private=False, checked_licences=True,
+                api=api, patience=clock.patience, quiet=True,
+            )  # fmt: skip
+        commit = hub.commits(REPO)[0].sha[:12]
+        said = f"all files are published already (commit {commit}), only {missing} is missing: "
+        assert raised.value.message.startswith(said)
+        assert "use one with write access to alice" in raised.value.message
+        assert "another name" not in raised.value.message
+        hub.faults.clear()
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_offline_or_without_a_token_a_push_ends_before_heavy_imports(
+    hub: HubStandIn, folder: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import sys\nfrom mergekit_unconstrained.cli import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'transformers', 'mergekit'} & {*sys.modules}))"
+    )
+    usual = os.environ | hub.environment(tmp_path / "home")
+    usual.pop("HF_HUB_OFFLINE", None)
+    without = {name: value for name, value in usual.items() if name != "HF_TOKEN"}
+    for environment, message in (
+        (usual | {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        (without, "there is no token. Run `hf auth login`"),
+    ):
+        told = subprocess.run(
+            [sys.executable, "-c", program, "push", folder, REPO],
+            env=environment, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert told.returncode == 1
+        assert message in told.stderr
+        assert told.stdout == "[]\n"
+    assert not hub.requests
 
 
 def test_quota_is_told_from_rights(hub: HubStandIn, api: HfApi, clock: Clock, folder: Path) -> None:

@@ -224,3 +224,26 @@ def test_the_command_pushes_a_folder_and_a_dry_run_sends_nothing(
     assert "is public, and publishing is private unless asked" in " ".join(
         run("push", made, REPO).output.split()
     )
+
+
+def test_what_allows_no_derivatives_is_said_and_never_proposed_for_the_public(
+    hub: HubStandIn, recipe: Callable[..., Path], tiny_models: TinyModels
+) -> None:
+    card = tiny_models.experts[0] / "README.md"
+    card.write_text("---\nlicense: cc-by-nd-4.0\n---\n", encoding="utf-8")
+    try:
+        public = " ".join(merge(recipe(hub_private=False)).output.split())
+        assert "the licences forbid to publish this" in public
+        assert "need a look" not in public
+        assert "--i-checked-the-licences" not in public
+        for method in ("layerwise", "unconstrained"):
+            planned = merge(recipe(method, push_to_hub=None, dry_run=True)).output
+            assert planned.count("the result is private only (refused): ") == 1
+        done = merge(recipe())
+        assert done.exit_code == 0, done.output
+        assert done.output.count("the result is private only (refused): ") == 1
+        assert "allows no derivatives" in done.output.rpartition("private only (refused)")[2]
+        assert done.output.count("private only (refused)") == 2  # the push says it too
+        assert hub.repo(REPO).private
+    finally:
+        card.unlink()

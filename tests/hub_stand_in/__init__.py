@@ -6,7 +6,7 @@ Authorization header at the storage (a second server, as large files lie on anot
 
     with HubStandIn(tmp_path / "hub") as hub:
         hub.fail("commit", 503)                  # the next commit is answered so
-        hub.cut("commit", after=True)            # the one behind it happens, its answer is lost
+        hub.cut("commit", "after")               # the one behind it happens, its answer is lost
         subprocess.run(command, env=os.environ | hub.environment(tmp_path / "home"))
         assert len(hub.commits("alice/merged")) == 2  # the Hub's own first one, and ours
 

@@ -22,6 +22,7 @@ def main() -> None:
     ):
         for name, value in hub.environment(Path(scratch) / "home").items():
             print(f"export {name}={value}")
+        print(f"# a token that may only read: HF_TOKEN={hub.read_token}")
         print("# user alice, member of acme; Ctrl-C ends it", flush=True)
         try:
             while True:
