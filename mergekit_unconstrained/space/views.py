@@ -286,11 +286,12 @@ STYLE = """
 .mku-expert { border: 1px solid var(--border-color-primary) !important; }
 .mku-scroll img { min-width: 480px; max-width: min(100%, 760px); height: auto; display: block; }
 .mku-code { contain: inline-size; }
+#recipe .empty { display: none; }
 #card { contain: inline-size; overflow-wrap: anywhere; }
 #card pre, #card table { overflow-x: auto; max-width: 100%; }
 #card table { display: block; border: 0; }
 #card thead, #card tbody, #card tr { border: 0; }
-#card td, #card th { min-width: 4.5rem; overflow-wrap: normal; }
+#card td, #card th { min-width: 4.5rem; overflow-wrap: normal; word-break: normal; }
 #card th { white-space: nowrap; }
 .mku-row { align-items: flex-end; }
 .mku-row button { min-height: 2.9rem; }

@@ -208,3 +208,9 @@ def test_a_card_keeps_its_code_and_loses_its_pictures():
     text = "---\na: 1\n---\n# T\n\n![x](a.png)\n\n````md\n![kept](b.png)\n```\n````\nend\n"
     body = desk.card_body(text)
     assert body == "# T\n\n\n````md\n![kept](b.png)\n```\n````\nend\n"
+
+
+def test_an_empty_list_says_how_models_get_there(tmp_path):
+    assert "--models-dir FOLDER" in views.no_models(tmp_path, hosted=False)
+    assert str(tmp_path) not in views.no_models(tmp_path, hosted=True)
+    assert desk.Settings(tmp_path, tmp_path, hosted=True).results is None
