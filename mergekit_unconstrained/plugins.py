@@ -86,7 +86,11 @@ def unknown(name: str) -> UnknownMethodError:
     ours = (*catalog.CATALOG, *(catalog.ALIAS_PREFIX + n for n in catalog.CATALOG))
     names = sorted({m.spec.name for m in compat.registered()}.union(ours))
     known = [n for n in names if _is_alias(n) == _is_alias(name)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    # Without the prefix of aliases, which would make them all alike.
+    prefix = catalog.ALIAS_PREFIX if _is_alias(name) else ""
+    bare = [n.removeprefix(prefix) for n in known]
+    near = difflib.get_close_matches(name.removeprefix(prefix), bare, n=3, cutoff=0.5)
+    near = [prefix + n for n in near]
     message = f"Unimplemented merge method {name!r}."
     if any(name == e.name for e in entry_points()):
         message = f"Merge method {name!r} is installed but does not load."
