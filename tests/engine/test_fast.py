@@ -153,7 +153,11 @@ def test_at_least_as_near_to_the_truth(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("name", "case"), cases("statistically the same"))
 def test_statistically_the_same(name: str, case: dict[str, Any], dtype: torch.dtype) -> None:
-    """Share of untouched entries, mean and spread of the changes: within five standard errors."""
+    """Share of untouched entries, mean and spread of the changes: within five standard errors.
+
+    The spread by quantiles: where agreeing weights nearly cancel, few entries decide the deviation.
+    """
+    torch.manual_seed(0)  # mergekit's draws
     group = group_for(name, dtype, (400, 500))
     base = group.base.tensor.double()
     a, b = (f(name, group, **case).double() - base for f in (ours, theirs))
@@ -163,7 +167,9 @@ def test_statistically_the_same(name: str, case: dict[str, Any], dtype: torch.dt
     assert float(a.mean()) == pytest.approx(
         float(b.mean()), abs=5 * float(b.std()) / n**0.5 * 2**0.5
     )
-    assert float(a.std()) == pytest.approx(float(b.std()), rel=0.01)
+    for q in (0.7, 0.9, 0.97):
+        spread, expected = (float(x.abs().quantile(q)) for x in (a, b))
+        assert spread == pytest.approx(expected, rel=0.02), q
     large = base.abs() > 1  # and where the base is large, where mergekit's bf16 is coarsest
     rel = 0.04 if dtype in HALF else 0.02
     assert float(a[large].std()) == pytest.approx(float(b[large].std()), rel=rel)
