@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## merge two real experts of SmolLM2-135M and compare (four minutes)
 	$(BIN)/mergekit-unconstrained demo
 
-demo-fusion: $(STAMP)  ## fuse Gemma-3-270M into SmolLM2-135M beside its controls (minutes)
+demo-fusion: $(STAMP)  ## fuse Gemma-3-270M into SmolLM2-135M beside its controls (twenty minutes)
 	$(BIN)/mergekit-unconstrained demo --fusion
 
 test: lint types unit  ## lint, type check and the tests
