@@ -44,20 +44,40 @@ def print_method(name: str) -> None:
     method = _method(name)
     spec = method.spec
     console.print(f"[bold]{spec.pretty_name or spec.name}[/]  {spec.reference_url or ''}")
-    implementation = getattr(method, "implementation", None) or type(method)
-    module = importlib.import_module(implementation.__module__)
-    if module.__doc__ and entry_for(name):
+    if (entry := entry_for(name)) is not None:
+        module = importlib.import_module(f"mergekit_unconstrained.methods.{entry.name}")
+        assert module.__doc__ is not None
         console.print(escape(module.__doc__.strip()), highlight=False, soft_wrap=True)
     contract = spec.contract
     console.print(f"base model: {contract.base.value}", highlight=False)
     console.print(_parameter_table(method))
-    per_model = {"weight": 0.5} if any(p.name == "weight" for p in spec.parameters) else None
-    example = f"merge_method: {name}\nmodels:\n  - model: EXPERT\n"
-    if per_model:
-        example += "    parameters: {weight: 0.5}\n"
-    if contract.base.value in ("required", "optional"):
-        example += "base_model: BASE\n"
-    console.print(escape(f"\nThe shortest recipe:\n\n{example}dtype: bfloat16"), highlight=False)
+    console.print(escape(f"\nThe shortest recipe:\n\n{shortest_recipe(name)}"), highlight=False)
+
+
+def shortest_recipe(name: str) -> str:
+    """YAML that `mergekit-yaml` runs once BASE and EXPERT_1 (and a fusion's DATA) are there."""
+    spec = _method(name).spec
+    own = {p.name: p for p in spec.parameters}
+    fuses = "dataset" in own
+    based = spec.contract.base.value == "required"
+    lines = [f"merge_method: {name}", "models:"]
+    alone = fuses or spec.contract.max_inputs == 2  # with the base
+    for number in (1,) if alone else (1, 2):
+        lines.append(f"  - model: EXPERT_{number}")
+        if "weight" in own and not fuses:
+            lines.append("    parameters: {weight: 0.5}")
+    if based:
+        lines.append("base_model: BASE")
+    if fuses:  # into the base, whose dtype stays
+        lines.append("parameters:")
+        lines.append("  dataset: DATA.jsonl")
+        lines.append("  dry_run: true   # only shows what will be done; then remove this line")
+        return "\n".join(lines)
+    needed = [p for p in own.values() if p.required and p.scope.value == "shared"]
+    if needed:
+        given = (f"{p.name}: {0.5 if p.value_type is float else 1}" for p in needed)
+        lines.append(f"parameters: {{{', '.join(given)}}}")
+    return "\n".join([*lines, "dtype: bfloat16"])
 
 
 def markdown_table() -> str:

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from mergekit_unconstrained import describe
 from mergekit_unconstrained.catalog import CATALOG
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.engine.fast import FAST
+from tests.conftest import TinyModels
 
+FUSIONS = {"distribution_fusion", "unconstrained"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -87,6 +91,30 @@ def test_a_method_is_explained(name: str) -> None:
     result = CliRunner().invoke(main, ["show", name])
     assert result.exit_code == 0, result.output
     assert f"merge_method: {name}" in result.output
+
+
+@pytest.mark.parametrize("name", sorted({*CATALOG, *FAST, "nearswap"} - FUSIONS))
+def test_the_shortest_recipe_is_one_that_runs(
+    name: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    text = describe.shortest_recipe(name).replace("BASE", str(tiny_models.base))
+    for number, expert in enumerate(tiny_models.experts, 1):
+        text = text.replace(f"EXPERT_{number}", str(expert))
+    (tmp_path / "recipe.yml").write_text(text)
+    out = [] if name in CATALOG else [str(tmp_path / "out"), "--quiet"]  # ours say all at once
+    arguments = ["yaml" if out else "check", str(tmp_path / "recipe.yml"), *out]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+
+
+@pytest.mark.parametrize("name", sorted(FUSIONS))
+def test_a_fusion_is_explained_with_a_recipe_of_its_own(name: str) -> None:
+    shown = CliRunner().invoke(main, ["show", name]).output
+    assert "arxiv.org/abs/2410.13699" in shown
+    assert "mend it here" not in shown  # of the module that mergekit's classes come from
+    recipe = yaml.safe_load(describe.shortest_recipe(name))
+    assert recipe["parameters"] == {"dataset": "DATA.jsonl", "dry_run": True}
+    assert "dtype" not in recipe
 
 
 def test_an_unknown_method_gets_the_nearest_name() -> None:

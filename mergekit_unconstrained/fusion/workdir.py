@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import re
 import shutil
 import time
@@ -29,6 +30,9 @@ from mergekit_unconstrained.errors import OutputError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+LOG = logging.getLogger(__name__)
+FOLLOWING = frozenset({"data", "distributions", "feed", "parts", "pivot"})
+"""Inputs that are an earlier stage's key, and change with it."""
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate")
 
 
@@ -65,6 +69,12 @@ class Stage:
         """
         started = time.monotonic()
         results: dict[str, Any] = {}
+        if (different := self._differences()) and not self.folder.exists():
+            LOG.warning(
+                "%s is made anew, since it was made with other %s; the earlier one stays",
+                self.name,
+                ", ".join(different),
+            )
         before = float((self.manifest or {}).get("seconds", 0.0))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +88,22 @@ class Stage:
                 f"the disk is full in stage {self.name}: make room for {self.folder} and run the "
                 "same command again; what is finished is kept"
             ) from error
+
+    def _differences(self) -> list[str]:
+        """What it was the latest time made with that is not so now; not what earlier stages gave."""
+        earlier = [
+            manifest
+            for folder in self.folder.parent.glob(f"{self.folder.name[:-11]}-*")
+            if (manifest := read_manifest(folder)) is not None and manifest["stage"] == self.name
+        ]
+        if not earlier or any(m["key"] == self.key for m in earlier):
+            return []
+        now = json.loads(json.dumps(self.inputs, default=str))
+        names = [
+            sorted(k for k in now.keys() | m["inputs"].keys() if now.get(k) != m["inputs"].get(k))
+            for m in earlier
+        ]
+        return [name for name in min(names, key=len) if name not in FOLLOWING]
 
     def discard(self) -> None:
         """Remove what an earlier run of this stage left."""

@@ -19,6 +19,7 @@ from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.errors import OutputError, RecipeError
 from mergekit_unconstrained.fusion import stages
+from mergekit_unconstrained.fusion.freshness import outdated
 from mergekit_unconstrained.fusion.inspection import inspection
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, plan_fusion
 from mergekit_unconstrained.fusion.scores import Score
@@ -243,12 +244,12 @@ def work_of(plan: FusionPlan, out: Path) -> WorkDir:
 
 
 def status(plan: FusionPlan, out: Path) -> None:
-    """Print every stage that was begun, if any was."""
+    """Print every stage that was begun, if any was, and which are not what the recipe needs."""
     work = WorkDir(plan.work_dir(out))
     if not work.root.is_dir():
         display.print_nothing_begun(work)
         return
-    display.print_stages(work, [folder for folder, _ in work.stages()])
+    display.print_stages(work, [f for f, _ in work.stages()], outdated(work, plan))
 
 
 def inspect(

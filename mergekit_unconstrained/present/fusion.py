@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,13 @@ def _member(role: str, member: Member, found: Estimate) -> str:
     return escape(f"{role}: {member.name} ({architecture}, {count}, {licence})")
 
 
-def print_stages(work: WorkDir, folders: Sequence[Path]) -> None:
-    """Stages of a work folder: finished or not, time, the figure that matters."""
+def print_stages(
+    work: WorkDir, folders: Sequence[Path], outdated: Mapping[Path, str] | None = None
+) -> None:
+    """Stages of a work folder: finished or not, time, the figure that matters.
+
+    outdated: folder -> why the recipe does not use it any more.
+    """
     table = Table(title=escape(str(work.root)), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("stage", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
@@ -117,6 +122,8 @@ def print_stages(work: WorkDir, folders: Sequence[Path]) -> None:
         manifest = read_manifest(folder)
         if manifest is not None:
             done = escape(_result(manifest)) if manifest["finished"] else "unfinished"
+            if folder in (outdated or {}):
+                done = escape(f"not used by this recipe ({(outdated or {})[folder]})")
             name = escape(str(folder.relative_to(work.root)))
             table.add_row(name, duration(float(manifest["seconds"])), done)
     console.print(table, highlight=False)

@@ -172,6 +172,35 @@ def test_the_status_of_what_was_not_begun_is_no_error(fused: Fused, tmp_path: Pa
     assert said.startswith("nothing was begun yet: there is no ")
 
 
+def test_status_marks_what_the_recipe_does_not_use(
+    fused: Fused, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "not used" not in succeed("fuse", "status", fused.recipe, fused.out)
+
+    def said_of(recipe: Path) -> str:
+        return " ".join(succeed("fuse", "status", recipe, out).split())
+
+    out = tmp_path / "out"
+    shutil.copytree(f"{fused.out}.fusion", f"{out}.fusion")
+    sources = [fused.gpt2, fused.mistral]
+    other = write_recipe(
+        tmp_path, fused.pivot, sources, fused.data, {"sft_baseline": True, "top_k": 4}
+    )
+    changed = said_of(other)
+    assert "not used by this recipe (other top_k)" in changed
+    assert "(follows distributions/gpt2-" in changed
+    stay = [s for s in stages_of(fused.out) if re.match("data-|train/sft-|scores/", s)]
+    assert changed.count("not used") == len(stages_of(fused.out)) - len(stay)
+    fewer = write_recipe(tmp_path, fused.pivot, sources[:1], fused.data, {"sft_baseline": True})
+    assert "not used by this recipe (mistral is not in the recipe)" in said_of(fewer)
+    data = write_data(tmp_path / "data.jsonl", rows=20)
+    moved = write_recipe(tmp_path, fused.pivot, sources, data, {"sft_baseline": True})
+    assert "not used by this recipe (other dataset)" in said_of(moved)
+    succeed("fuse", "collect", moved, out, "--quiet")
+    assert "data is made anew, since it was made with other dataset" in caplog.text
+    assert "distributions/gpt2 is made anew" not in caplog.text  # it follows the data
+
+
 def test_status_and_inspect_show_what_is_there(fused: Fused) -> None:
     status = succeed("fuse", "status", fused.recipe, fused.out)
     for said in ("distributions/gpt2", "bits per byte", "label", "won by"):
