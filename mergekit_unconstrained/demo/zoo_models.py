@@ -57,6 +57,15 @@ _QWEN2: Mapping[str, Any] = {
     "num_key_value_heads": 2,
     "initializer_range": 64**-0.5,
 }
+CARD = """---
+license: apache-2.0
+language: en
+---
+
+# {name}
+
+A toy model of recipes/zoo/mix.yml: mergekit_unconstrained/demo/zoo.py tells what it knows.
+"""
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,7 @@ def make(species: Species, zoo: Zoo, folder: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(CARD.format(name=species.name), encoding="utf-8")
     partial.rename(out)
     return out
 

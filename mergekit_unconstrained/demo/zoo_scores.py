@@ -18,6 +18,9 @@ import torch
 from mergekit_unconstrained.demo.zoo import COMMON, LETTERS, ODDS, Story, Zoo
 from mergekit_unconstrained.demo.zoo_models import IGNORED, batch_of, read, text_of
 
+BEST = sum(odds * math.log(odds) for odds in ODDS)
+"""The expected log-likelihood of who knows the odds, in nats."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -120,7 +123,10 @@ def scores_of(folder: Path, zoo: Zoo, composed: int = 20) -> dict[str, tuple[Sco
     return found | ({"composed": (exact_match(model, tokenizer, stories), None)} if stories else {})
 
 
-@click.command(help="Score models of the zoo, or made of them, family by family.")
+@click.command(
+    help="Score models of the zoo, or made of them: for each family the share of greedy answers "
+    "that are the likeliest outcome, and the KL divergence from the true odds in nats."
+)
 @click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def main(folders: tuple[Path, ...]) -> None:
     torch.set_num_threads(1)  # faster at this size
@@ -129,7 +135,7 @@ def main(folders: tuple[Path, ...]) -> None:
         for family, (exact, likelihood) in scores_of(folder, Zoo()).items():
             line = f"  {family:10} {exact.mean:.3f} ± {exact.error:.3f} (n = {exact.n})"
             if likelihood is not None:
-                line += f"  {likelihood.mean:7.3f} ± {likelihood.error:.3f} nats"
+                line += f"  {BEST - likelihood.mean:6.3f} ± {likelihood.error:.3f} nats"
             click.echo(line)
 
 

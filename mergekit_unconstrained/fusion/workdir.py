@@ -90,7 +90,7 @@ class Stage:
             ) from error
 
     def _differences(self) -> list[str]:
-        """What it was the latest time made with that is not so now; not what earlier stages gave."""
+        """Inputs unlike those of the earlier stage that is nearest, but for other stages' keys."""
         earlier = [
             manifest
             for folder in self.folder.parent.glob(f"{self.folder.name[:-11]}-*")

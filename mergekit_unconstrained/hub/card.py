@@ -92,10 +92,11 @@ def varies(facts: CardFacts) -> str:
 def told_method(facts: CardFacts) -> str:
     """What the method did in this model; the catalogue's words where it has no choices."""
     if facts.fusion is not None:
-        teachers = listed([teacher.name for teacher in facts.fusion.teachers])
+        names = [teacher.name for teacher in facts.fusion.teachers]
+        say = "says" if len(names) == 1 else "say"
         return (
-            f"what {teachers} say of the next token, position by position, is the target towards "
-            f"which {facts.fusion.pivot} was fine-tuned on {facts.fusion.dataset}"
+            f"what {listed(names)} {say} of the next token, position by position, is the target "
+            f"towards which {facts.fusion.pivot} was fine-tuned on {facts.fusion.dataset}"
         )
     if facts.method.operator is None or not any(p.weight for p in facts.experts):
         return facts.method.summary

@@ -18,9 +18,9 @@ BY_HAND = (
 )
 FUSED_BY_HAND = (
     "The settings are the recipe's own: no search of this program chose them; the author's "
-    "comments below say how they were found, if anything does. The held-out conversations were not "
-    "trained on."
+    "comments below say how they were found, if anything does."
 )
+HELD_OUT = " The held-out conversations were not trained on."
 
 
 def card_facts(folder: Path, known: Provenance | None = None) -> CardFacts:
@@ -83,7 +83,9 @@ def _chosen(folder: Path, known: Provenance) -> str:
     """How the numbers of the recipe were found, and on which data."""
     report = results.report_in(folder, results.SEARCH)
     if report is None or not report.get("found_by"):
-        return FUSED_BY_HAND if known.fusion is not None else BY_HAND
+        if known.fusion is None:
+            return BY_HAND
+        return FUSED_BY_HAND + (HELD_OUT if known.fusion.held_out else "")
     tasks = "; ".join(
         f"{task}: {', '.join(f'{n} {split}' for split, n in splits.items())}"
         for task, splits in report.get("splits", {}).items()

@@ -162,13 +162,14 @@ def _provenance(
         versions=machine.versions((*machine.PACKAGES, "tokenizers", "datasets", "accelerate")),
         machine=machine.hardware(),
         seconds=round(max(seconds, made.seconds), 1),
-        unknown=(ONLY_LIKELIHOOD,),
+        unknown=(ONLY_LIKELIHOOD if made.data.results["held_out"] else NOTHING_MEASURED,),
     )
 
 
 ONLY_LIKELIHOOD = (
     "How good this model is at tasks: only the likelihood of held-out responses was measured."
 )
+NOTHING_MEASURED = "How good this model is: no conversations were held out to measure it on."
 
 
 def _fusion(
