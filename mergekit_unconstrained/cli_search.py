@@ -53,7 +53,7 @@ class SearchGroup(click.Group):
 
 @click.group(cls=SearchGroup, name="search")
 def search() -> None:
-    """Search the coefficients of a merge against development scores.
+    """Search a merge's coefficients by development scores.
 
     `search SEARCH.yml OUT` writes the merged model with its recipe, card and report into OUT, and
     keeps its state in OUT.search: the same command goes on after whatever ended it.

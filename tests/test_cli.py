@@ -40,6 +40,11 @@ def test_every_command_answers_help(command: list[str]) -> None:
     assert len(lines[2].strip()) > 20  # it says what it does
 
 
+def test_no_explanation_in_the_list_of_commands_is_cut() -> None:
+    said = CliRunner().invoke(main, ["--help"], env={"COLUMNS": "80"}).output
+    assert "..." not in said
+
+
 def test_help_imports_neither_torch_nor_mergekit() -> None:
     code = (
         "import sys\nfrom click.testing import CliRunner\n"
