@@ -42,7 +42,7 @@ def test_every_command_answers_help(command: list[str]) -> None:
 
 def test_no_explanation_in_the_list_of_commands_is_cut() -> None:
     said = CliRunner().invoke(main, ["--help"], env={"COLUMNS": "80"}).output
-    assert "..." not in said
+    assert "..." not in said.partition("Commands:")[2]
 
 
 def test_help_imports_neither_torch_nor_mergekit() -> None:
