@@ -236,7 +236,7 @@ def fuse_status(ctx: click.Context, recipe: str, out: Path) -> None:
 @fuse.command("inspect", context_settings=MERGEKIT_OPTIONS)
 @click.argument("recipe", type=click.Path())
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--row", type=int, help="Row of the data; the first one by default.")
+@click.option("--row", type=int, help="Row of the data, counted from 0; the first by default.")
 @click.option("--positions", type=int, default=40, show_default=True, help="How many to show.")
 @click.pass_context
 def fuse_inspect(

@@ -57,7 +57,20 @@ class LocalModel:
             chat_template=self.chat_template,
             max_length=self.max_length,
             generation_ends=generation_ends(self.tokenizer_folder),
+            context=self.context,
+            name=self.name,
         )
+
+    @cached_property
+    def context(self) -> int | None:
+        """The longest input that the model was made for, None where its config does not say."""
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(str(self.weights)).get_text_config()
+        except Exception:  # loading the model will say more
+            return None
+        return getattr(config, "max_position_embeddings", None)
 
     @property
     def reading(self) -> dict[str, str | None]:

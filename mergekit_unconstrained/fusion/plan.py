@@ -14,8 +14,16 @@ from mergekit_unconstrained.config.parents import Parent, read_parent
 from mergekit_unconstrained.config.recipe import JobOptions, check_recipe
 from mergekit_unconstrained.engine.checks import has_tokenizer
 from mergekit_unconstrained.errors import DataError, ModelError, RecipeError
-from mergekit_unconstrained.fusion.settings import FusionSettings, load_settings
-from mergekit_unconstrained.fusion.training.arguments import batch_shape, check_training_block
+from mergekit_unconstrained.fusion.settings import (
+    FusionSettings,
+    load_settings,
+    settings_document,
+)
+from mergekit_unconstrained.fusion.training.arguments import (
+    batch_shape,
+    check_training_block,
+    check_training_values,
+)
 
 UNUSED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "out_dtype")
 """Keys of a recipe that mean nothing where whole models are fused."""
@@ -130,9 +138,14 @@ def complete_plan(
 ) -> FusionPlan:
     """The plan for a pivot (first) and sources that are known; reads the settings and checks."""
     shared = shared_parameters(document, method)
+    given = document.data.get("parameters") or {}
+    if shared["max_steps"] and given.get("epochs") is not None:
+        document.fail(("parameters", "epochs"), "is given beside `max_steps`: name one of them")
     settings_path = str(shared["settings"]) or None
     settings = load_settings(settings_path)
-    check_training_block(settings)
+    places = settings_document(settings_path)
+    check_training_block(settings, places)
+    check_training_values(settings, places)
     batch_shape(settings, settings.processes)
     check_members(members)
     check_dataset(str(shared["dataset"]), document)

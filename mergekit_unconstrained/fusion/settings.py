@@ -8,7 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.explain import explained
@@ -21,6 +28,8 @@ LossName = Literal["fused_ce", "fused_kl", "uld", "gld"]
 MergeName = Literal[
     "none", "sce_dense", "varm", "sce", "ties", "task_arithmetic", "linear", "layerwise"
 ]
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""transformers' ways to share out a model; any device of torch will do as well."""
 
 
 class Columns(BaseModel):
@@ -130,7 +139,12 @@ class FusionSettings(BaseModel):
 
     # -- running
     post_merge: MergeName = "sce_dense"
-    """How several targets become one model (FuseChat's code: sce_dense with select_topk 0.1)."""
+    """How several targets become one model (FuseChat: sce_dense); layerwise weighs every kind of
+    layer by the energy of the targets' changes to it (ours)."""
+    post_merge_topk: float = Field(default=0.1, gt=0, le=1)
+    """sce, sce_dense: share of the entries kept, those that vary most (FuseChat's code: 0.1)."""
+    post_merge_density: float = Field(default=0.2, gt=0, le=1)
+    """ties: share of each target's changes kept, the largest (TIES: 0.2)."""
     processes: int = Field(default=1, ge=1)
     """Processes for collecting and training, started by accelerate's launcher."""
     work_dir: str | None = None
@@ -139,6 +153,22 @@ class FusionSettings(BaseModel):
     """Continue what the work_dir holds; false refuses a work_dir that is not empty."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything random."""
+
+    @field_validator("device_map")
+    @classmethod
+    def _is_a_device(cls, value: str | None) -> str | None:
+        if value is None or value in DEVICE_MAPS:
+            return value
+        import torch
+
+        try:
+            torch.device(value)
+        except RuntimeError:
+            raise ValueError(
+                f"it is no device of torch (cuda, cuda:0, cpu ...) and none of "
+                f"{', '.join(DEVICE_MAPS)}"
+            ) from None
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> FusionSettings:
@@ -163,11 +193,14 @@ class FusionSettings(BaseModel):
         return self
 
 
+def settings_document(path: str | Path | None) -> Document:
+    """The settings file with its lines; an empty one for None. RecipeError for what is no YAML."""
+    return Document("settings", None) if path is None else Document.read(path, "settings file")
+
+
 def load_settings(path: str | Path | None) -> FusionSettings:
     """Read a settings file; all defaults for None. RecipeError names file, line and key."""
-    if path is None:
-        return FusionSettings()
-    document = Document.read(path, what="settings file")
+    document = settings_document(path)
     if document.data is None:
         return FusionSettings()
     if not isinstance(document.data, dict):
@@ -183,9 +216,8 @@ def load_settings(path: str | Path | None) -> FusionSettings:
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
         if place not in document.lines:
             place = place[:1]
-        if not place:
-            document.fail((), first["msg"].removeprefix("Value error, "))
-        document.fail(place, f"{first['input']!r} will not do: {first['msg']}")
+        message = first["msg"].removeprefix("Value error, ")
+        document.fail(place, f"{first['input']!r} will not do: {message}" if place else message)
 
 
 def settings_text(settings: FusionSettings) -> str:

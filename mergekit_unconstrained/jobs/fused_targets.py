@@ -56,10 +56,11 @@ def targets_recipe(run: Run, models: dict[str, Path], options: MergeOptions) -> 
     ]
     parameters: dict[str, Any] = {"operator": "task_arithmetic" if kind == "layerwise" else kind}
     if kind in ("sce", "sce_dense"):
-        parameters["select_topk"] = 0.1  # FuseChat
+        parameters["select_topk"] = run.settings.post_merge_topk
     if kind == "ties":
         for expert in experts:
-            expert["parameters"] = {**expert["parameters"], "density": 0.2}  # type: ignore[dict-item]
+            density = {"density": run.settings.post_merge_density}
+            expert["parameters"] = {**expert["parameters"], **density}  # type: ignore[dict-item]
     if kind == "layerwise":
         table = energy_table(run, list(models.values()), options)
         parameters["coefficients"] = str(table.absolute())

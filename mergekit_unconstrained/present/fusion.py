@@ -139,7 +139,9 @@ def _result(manifest: dict[str, Any]) -> str:
     kind = str(manifest["stage"]).partition("/")[0]
     if kind == "data":
         cut = f", {found['cut']:,} cut" if found["cut"] else ""
-        return f"{found['summary']}; {found['held_out']:,} held out{cut}"
+        repeated = found.get("repeated", 0)
+        kept = f"; {repeated:,} repeat another, never across the split" if repeated else ""
+        return f"{found['summary']}; {found['held_out']:,} held out{cut}{kept}"
     if kind == "distributions":
         held = found["held_out"]
         score = f", {held['bits_per_byte']:.4f} bits per byte held out" if held else ""

@@ -110,6 +110,11 @@ def test_without_a_response_column_the_error_lists_columns_and_suggests(tmp_path
     assert "`columns: {response: 'Respons'}`" in message
 
 
+def test_the_column_of_the_prompt_is_not_proposed_for_the_response(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"`columns: \{response: NAME\}`"):
+        read(write(tmp_path / "d.jsonl", [{"instruction": "q", "foo": "r"}]))
+
+
 def test_a_named_column_that_is_not_there_gets_the_nearest(tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", [GOOD])
     with pytest.raises(DataError, match=r"no column 'anwser' .*Did you mean 'answer'"):
@@ -171,7 +176,7 @@ def test_a_long_list_of_rows_is_told_in_short() -> None:
         report.skip(row, "empty response")
     report.skip(33, "not UTF-8")
     assert report.describe() == (
-        "9 of 40 rows of d are used; left out: 30 empty response "
+        "9 of 40 rows of d are used; left out, counting from row 0: 30 empty response "
         "(rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...), 1 not UTF-8 (row 33)"
     )
 
@@ -249,6 +254,9 @@ def test_lines_are_read_one_by_one(tmp_path: Path) -> None:
         ("d.json", b"[3]", "row 0 is a int"),
         ("d.parquet", b"PAR1 and no more", "not a complete Parquet file"),
         ("d.csv", b"question,answer\na,b,c\n", "d.csv:2: more cells than the header"),
+        ("d.csv", b"question,answer,answer\na,b,c\n", "d.csv:1: two columns .* 'answer'"),
+        ("d.csv", b'question,answer\na,b\na,"b\nc,d\n', "d.csv:3: .* a quote .* never closed"),
+        ("d.csv", b"question;answer\na;b\n", "d.csv:1: .* one column, .* not by ';'"),
         ("d.xlsx", b"", "files of kind '.xlsx'"),
         ("data", b"", "files of kind 'without a suffix'"),
     ],

@@ -11,10 +11,20 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from train_feed import RandomFeed, make_job
 
+from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.fusion.settings import FusionSettings
+from mergekit_unconstrained.fusion.settings import (
+    FusionSettings,
+    load_settings,
+    settings_document,
+)
 from mergekit_unconstrained.fusion.training import checkpoints
-from mergekit_unconstrained.fusion.training.arguments import batch_shape, training_arguments
+from mergekit_unconstrained.fusion.training.arguments import (
+    batch_shape,
+    check_training_block,
+    check_training_values,
+    training_arguments,
+)
 from mergekit_unconstrained.fusion.training.collate import IGNORED, collate
 from mergekit_unconstrained.fusion.training.ordering import StepSampler
 from mergekit_unconstrained.fusion.training.train import TrainJob
@@ -169,13 +179,14 @@ def test_the_training_block_reaches_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("adam_beta3", r"training.adam_beta3 is no argument .* Did you mean 'adam_beta"),
-        ("learning_rate", r"training.learning_rate cannot be set: use the recipe's parameter"),
+        ("adam_beta3", r"training.adam_beta3: is no argument .* Did you mean 'adam_beta"),
+        ("learning_rate", r"training.learning_rate: cannot be set: use the recipe's parameter"),
         ("warmup_steps", r"use the setting `warmup_ratio`"),
         ("warmup_ratio", r"use the setting `warmup_ratio`"),
         ("gradient_accumulation_steps", r"use the settings `batch_size` and `device_batch_size`"),
         ("seed", r"use the setting `seed`"),
         ("report_too", r"Did you mean 'report_to'"),
+        ("lerning_rate", r"Did you mean 'learning_rate'\? Then use the recipe's parameter"),
     ],
 )
 def test_keys_of_the_training_block_are_checked(tmp_path: Path, key: str, message: str) -> None:
@@ -187,7 +198,7 @@ def test_keys_of_the_training_block_are_checked(tmp_path: Path, key: str, messag
     ("settings", "message"),
     [
         ({"schedule": "cosin"}, r"transformers refuses them: cosin is not a valid SchedulerType"),
-        ({"training": {"adam_epsilon": "small"}}, r"adam_epsilon is a number, not 'small'"),
+        ({"training": {"adam_epsilon": "small"}}, r"adam_epsilon: is a number, not 'small'"),
         ({"training": {"optim": "adamm"}}, r"adamm is not a valid OptimizerNames"),
     ],
 )
@@ -196,6 +207,46 @@ def test_values_transformers_refuses_are_one_sentence(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         arguments(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedule: cosin", r"s.yml:1: schedule: 'cosin' is no schedule .* Did you mean 'cosine'"),
+        ("schedule: cosine_with_min_lr", r"s.yml:1: schedule: .*lr_scheduler_kwargs"),
+        ("seed: 1\ntraining:\n  report_to: wandbb", r"s.yml:3: training.report_to: .*mean 'wandb'"),
+        ("training: {report_to: [clearml]}", r"report_to: .* pip install clearml"),
+        (
+            "training: {deepspeed: no.json}",
+            r"s.yml:1: training.deepspeed: 'no.json' cannot be read",
+        ),
+        ("training: {optim: adamm}", r"s.yml:1: training.optim: .*'adamm'"),
+        ("training: {deepspeed: {a: 1}}", r"deepspeed: .*pip install deepspeed"),
+        ("training: {lerning_rate: 1}", r"s.yml:1: training.lerning_rate: .*'learning_rate'"),
+        ("training: {adam_beta1: x}", r"s.yml:1: training.adam_beta1: is a number"),
+        ("device_map: gpu", r"s.yml:1: device_map: 'gpu' will not do: it is no device of torch"),
+    ],
+)
+def test_what_training_would_refuse_is_seen_in_the_settings(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "s.yml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        check_training(load_settings(file), settings_document(file))
+
+
+def check_training(settings: FusionSettings, document: Document) -> None:
+    check_training_block(settings, document)
+    check_training_values(settings, document)
+
+
+def test_training_settings_that_can_be_pass_whatever_this_machine_is() -> None:
+    block = {"bf16": True, "tf32": True, "fsdp": "full_shard", "torch_compile": True}
+    usual = {"optim": "adafactor", "max_grad_norm": 0.5, "load_best_model_at_end": True}
+    check_training(FusionSettings(training=block | usual), Document("settings", None))
+    for device in ("auto", "cuda:1", None):
+        assert FusionSettings(device_map=device).device_map == device
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(0, 0.0), (5, 1.0)])

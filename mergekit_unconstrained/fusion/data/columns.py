@@ -99,15 +99,22 @@ def recognise(present: Sequence[str], columns: Columns, dataset: str) -> Layout:
     instruction = columns.instruction or pair[0] or _first(INSTRUCTIONS, present)
     response = columns.response or pair[1] or _first(RESPONSES, present)
     if response is None or response == instruction:
-        raise DataError(_no_column("response", present, RESPONSES, dataset))
+        raise DataError(_no_column("response", present, RESPONSES, dataset, instruction))
     if instruction is None or instruction == response:
-        raise DataError(_no_column("instruction", present, INSTRUCTIONS, dataset))
+        raise DataError(_no_column("instruction", present, INSTRUCTIONS, dataset, response))
     alpaca = "input" if "input" in present and instruction == "instruction" else None
     return Layout(None, instruction, columns.input or alpaca, response, system)
 
 
-def _no_column(kind: str, present: Sequence[str], usual: Sequence[str], dataset: str) -> str:
-    likeness = {p: max(SequenceMatcher(None, p.lower(), u).ratio() for u in usual) for p in present}
+def _no_column(
+    kind: str, present: Sequence[str], usual: Sequence[str], dataset: str, taken: str | None
+) -> str:
+    """taken: the column that is known to hold the other side of the conversation."""
+    likeness = {
+        p: max(SequenceMatcher(None, p.lower(), u).ratio() for u in usual)
+        for p in present
+        if p != taken
+    }
     near = max(likeness, key=likeness.__getitem__, default="")
     example = repr(near) if likeness.get(near, 0.0) > 0.6 else "NAME"
     return (

@@ -55,7 +55,7 @@ class DataReport:
             listed = ", ".join(map(str, self.rows[reason][:FIRST_FEW]))
             more = ", ..." if count > FIRST_FEW else ""
             told.append(f"{count} {reason} (row{'s' * (count > 1)} {listed}{more})")
-        left_out = f"; left out: {', '.join(told)}" if told else ""
+        left_out = f"; left out, counting from row 0: {', '.join(told)}" if told else ""
         return f"{self.kept} of {self.read} rows of {self.dataset} are used{left_out}"
 
     def check(self) -> None:

@@ -31,8 +31,9 @@ class Encoder:
 
     chat_template: None for the tokenizer's own (plain text when it has none), "none" for plain
     text, else a Jinja template. max_length: in tokens; see `fit`. generation_ends: further ids that
-    end generation (generation_config's eos_token_id). ModelError without a tokenizer, or with a
-    template that cannot be used.
+    end generation (generation_config's eos_token_id). context: the longest input that the model was
+    made for, None where that is not known; name: of the model, for messages. ModelError without a
+    tokenizer, or with a template that cannot be used.
 
     end_id: the token with which this model ends a response, None when it has none. end_ids: that
     one, the end of text and generation_ends.
@@ -46,11 +47,15 @@ class Encoder:
         chat_template: str | None = None,
         max_length: int = 2048,
         generation_ends: Iterable[int] = (),
+        context: int | None = None,
+        name: str = "a model",
     ) -> None:
         if tokenizer is None:
             raise ModelError("a model of the fusion has no tokenizer: copy tokenizer.json to it")
         self.table = table
         self.max_length = max_length
+        self.context = context
+        self.name = name
         self._tokenizer = tokenizer
         self._backend = _library_tokenizer(tokenizer)
         eos = tokenizer.eos_token_id
@@ -234,7 +239,10 @@ def fit(conversation: Conversation, encoders: Sequence[Encoder]) -> int | None:
 def fit_many(
     conversations: Iterable[Conversation], encoders: Sequence[Encoder]
 ) -> Iterator[tuple[Conversation, str | None]]:
-    """Each conversation with its keep_bytes set, and the reason if it cannot be used."""
+    """Each conversation with its keep_bytes set, and the reason if it cannot be used.
+
+    ModelError for one that is longer than a model can read.
+    """
     stream = iter(conversations)
     while batch := list(islice(stream, _BATCH)):
         columns = [encoder.try_many(batch) for encoder in encoders]
@@ -243,6 +251,8 @@ def fit_many(
             encoded = [e for e in row if isinstance(e, Encoded)]
             keep = None if failed else _common(encoded, encoders)
             fitted = Conversation(one.row, one.turns, keep)
+            if not failed and keep != 0:
+                _check_context(one.row, keep, encoded, encoders)
             yield fitted, TOO_LONG if keep == 0 else failed
 
 
@@ -256,3 +266,17 @@ def _common(encoded: Sequence[Encoded], encoders: Sequence[Encoder]) -> int | No
     if keep is not None and any(one.ends[0] > keep for one in encoded):
         return 0
     return keep
+
+
+def _check_context(
+    row: int, keep: int | None, encoded: Sequence[Encoded], encoders: Sequence[Encoder]
+) -> None:
+    for one, encoder in zip(encoded, encoders, strict=True):
+        count = len(one.ends) if keep is None else int(np.searchsorted(one.ends, keep, "right"))
+        length = int(one.positions[count - 1]) + 1
+        if encoder.context is not None and length > encoder.context:
+            raise ModelError(
+                f"row {row} of the data is {length} tokens long for {encoder.name}, which reads "
+                f"{encoder.context} at most: set `max_length: {encoder.context}` in the settings, "
+                "by which every model's responses are cut alike"
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_unconstrained.engine.files import replacing
+from mergekit_unconstrained.errors import DataError
 from mergekit_unconstrained.fusion.data.conversations import DataReport, read_conversations
 from mergekit_unconstrained.fusion.data.encoding import fit_many
 from mergekit_unconstrained.fusion.models import LocalModel
@@ -61,6 +63,9 @@ def prepare(
             report.skip(conversation.row, reason)
         advance(1)
     report.check()
+    cut = sum(c.keep_bytes is not None for c in kept)
+    check_cut(cut, len(kept), settings)
+    alike = Counter(c.turns for c in kept)
     held_out = _held_out(kept, settings)
     with replacing(folder / CONVERSATIONS) as stream:
         for conversation in kept:
@@ -69,7 +74,8 @@ def prepare(
     return {
         "conversations": len(kept),
         "held_out": len(held_out),
-        "cut": sum(c.keep_bytes is not None for c in kept),
+        "cut": cut,
+        "repeated": len(kept) - len(alike),
         "report": report.as_dict(),
         "summary": report.describe(),
     }
@@ -88,10 +94,32 @@ def load_prepared(folder: Path) -> tuple[list[Conversation], list[Conversation]]
     return train, held_out
 
 
+def check_cut(cut: int, kept: int, settings: FusionSettings) -> None:
+    """DataError when not a single response fits: nothing would be learned of how responses end."""
+    if kept and cut == kept:
+        raise DataError(
+            f"every response is longer than `max_length: {settings.max_length}` leaves room for "
+            f"({cut} of {kept} would be cut): set a larger one"
+        )
+
+
 def _held_out(kept: Sequence[Conversation], settings: FusionSettings) -> set[int]:
-    """Rows held out: the share of the settings, at least one where it is not 0."""
+    """Rows held out: the share of the settings, at least one where it is not 0.
+
+    Equal conversations stay on one side; where that leaves none for training, none is held out.
+    """
     count = round(settings.eval_share * len(kept))
     if settings.eval_share > 0 and len(kept) > 1:
         count = min(max(count, 1), len(kept) - 1)
-    order = np.random.default_rng(settings.seed).permutation(len(kept))
-    return {kept[i].row for i in order[:count]}
+    alike: dict[tuple[Turn, ...], list[int]] = {}
+    for conversation in kept:
+        alike.setdefault(conversation.turns, []).append(conversation.row)
+    held_out: set[int] = set()
+    smallest = min(alike.values(), key=len, default=[])
+    for i in np.random.default_rng(settings.seed).permutation(len(kept)):
+        rows = alike.pop(kept[i].turns, [])
+        if len(held_out) + len(rows) <= count:
+            held_out.update(rows)
+    if count and not held_out and len(smallest) < len(kept):
+        held_out.update(smallest)
+    return held_out

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,11 @@ def _json(path: Path) -> Iterator[Row | None]:
 def _csv(path: Path) -> Iterator[Row | None]:
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.DictReader(stream)
+        reader = csv.DictReader(stream, strict=True)
+        begun = 1
         try:
+            _check_header(path, reader.fieldnames or ())
+            begun = reader.line_num + 1
             for row in reader:
                 if None in row:
                     raise DataError(
@@ -99,8 +102,25 @@ def _csv(path: Path) -> Iterator[Row | None]:
                         "quote the cells that hold commas"
                     )
                 yield row
+                begun = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: this is not CSV: {error}") from None
+            told = str(error)
+            if "end of data" in told:
+                told = "a quote in it is never closed"
+            raise DataError(f"{path}:{begun}: the row that begins here is no CSV: {told}") from None
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """DataError for a header that cannot be meant so: one name twice, another separator."""
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise DataError(f"{path}:1: two columns are called {twice!r}: rename or remove one")
+    other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{path}:1: the header is one column, {names[0]!r}: cells are separated by commas in a "
+            f"CSV file, not by {other!r}"
+        )
 
 
 def _parquet(path: Path) -> Iterator[Row | None]:

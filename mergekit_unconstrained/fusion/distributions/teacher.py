@@ -274,4 +274,5 @@ def _load(folder: Path, name: str, settings: FusionSettings, device: torch.devic
                 "bfloat16` or `device_map: auto`"
             ) from error
         told = " ".join(str(error).split())
-        raise ModelError(f"{name} cannot be loaded from {folder}: {told[:300]}") from error
+        how = f" with `device_map: {settings.device_map}`" if placed else ""
+        raise ModelError(f"{name} cannot be loaded from {folder}{how}: {told[:300]}") from error

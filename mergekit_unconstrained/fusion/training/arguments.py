@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import importlib.util
+import json
 import math
 import typing
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.words import suggest
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.fusion.settings import FusionSettings
@@ -59,34 +64,133 @@ _OWNED = {
 """TrainingArguments that follow from the settings: what to say where `training` names them."""
 
 
-def check_training_block(settings: FusionSettings) -> None:
-    """RecipeError for a key under `training` that does not exist or is another setting's work."""
-    known = {f.name: f for f in dataclasses.fields(transformers.TrainingArguments) if f.init}
+NO_PLACE = Document("settings", None)
+"""Where a setting stands when its file is not at hand."""
+ELSEWHERE = ("deepspeed", "fsdp", "use_cpu", "bf16", "fp16", "tf32", "torch_compile", "accelerator")
+"""Beginnings of arguments that are no matter of right or wrong alone: transformers looks at this
+machine for them, which need not be what trains, or sets the environment."""
+
+
+def check_training_block(settings: FusionSettings, document: Document = NO_PLACE) -> None:
+    """RecipeError for a key under `training` that does not exist or is another setting's work.
+
+    document: the settings file, for the place in messages.
+    """
+    known = {f.name for f in dataclasses.fields(transformers.TrainingArguments) if f.init}
     for key in settings.training:
+        place = ("training", key)
         if key in _OWNED:
-            raise RecipeError(f"settings: training.{key} cannot be set: {_OWNED[key]}")
+            document.fail(place, f"cannot be set: {_OWNED[key]}")
         if key not in known:
-            raise RecipeError(
-                f"settings: training.{key} is no argument of transformers' TrainingArguments. "
-                f"{suggest(key, known.keys() - _OWNED.keys())}"
-            )
-    _check_pushes(settings.training)
+            message = "is no argument of transformers' TrainingArguments"
+            near = next(iter(difflib.get_close_matches(key, known)), "")
+            if near in _OWNED:
+                document.fail(place, f"{message}. Did you mean {near!r}? Then {_OWNED[near]}")
+            document.fail(place, f"{message}. {suggest(key, known - _OWNED.keys())}")
+    _check_pushes(settings.training, document)
 
 
-def _check_pushes(block: Mapping[str, Any]) -> None:
+def _check_pushes(block: Mapping[str, Any], document: Document) -> None:
     """Checkpoints on the Hub: transformers' own way, with a name of the user's."""
     if not block.get("push_to_hub"):
         return
     if not isinstance(block.get("hub_model_id"), str):
-        raise RecipeError(
-            "settings: training.push_to_hub needs `hub_model_id: org/name` beside it: where the "
-            "checkpoints go while the model is trained"
+        document.fail(
+            ("training", "push_to_hub"),
+            "needs `hub_model_id: org/name` beside it: where the checkpoints go while the model "
+            "is trained",
         )
     if block.get("hub_strategy") == "end":
-        raise RecipeError(
-            "settings: training.hub_strategy cannot be `end`: the finished model is published by "
-            "the recipe's parameter `push_to_hub`; use every_save, checkpoint or all_checkpoints"
+        document.fail(
+            ("training", "hub_strategy"),
+            "cannot be `end`: the finished model is published by the recipe's parameter "
+            "`push_to_hub`; use every_save, checkpoint or all_checkpoints",
         )
+
+
+def check_training_values(settings: FusionSettings, document: Document = NO_PLACE) -> None:
+    """RecipeError for what transformers would refuse only when training begins.
+
+    The schedule, where figures are reported to, DeepSpeed's file, and any value of `training` that
+    means the same on every machine.
+    """
+    _check_schedule(settings, document)
+    block = settings.training
+    if block.get("deepspeed"):
+        _check_deepspeed(block["deepspeed"], document)
+    if block.get("report_to") not in (None, "none", "all"):
+        _check_reports(block["report_to"], document)
+    values = {k: v for k, v in _numbers(block, document).items() if not k.startswith(ELSEWHERE)}
+    if not values or _refusal(values) is None:
+        return
+    for key, value in values.items():
+        if (told := _refusal({key: value})) is not None:
+            document.fail(("training", key), f"transformers refuses {value!r}: {told}")
+    document.fail(("training",), f"transformers refuses the values together: {_refusal(values)}")
+
+
+def _refusal(values: dict[str, Any]) -> str | None:
+    """What transformers says against some arguments, None where it takes them."""
+    from mergekit_unconstrained.fusion.training.bar import only_bar
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    given = {"report_to": "none", "save_steps": 1, **evaluated, **values}
+    try:
+        with warnings.catch_warnings(), only_bar():
+            warnings.simplefilter("ignore")
+            transformers.TrainingArguments(output_dir="unused", use_cpu=True, **given)
+    except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+        return _one_line(error)
+    return None
+
+
+def _check_schedule(settings: FusionSettings, document: Document) -> None:
+    """A schedule of transformers', with the parameters that it needs."""
+    known = [schedule.value for schedule in transformers.SchedulerType]
+    if settings.schedule not in known:
+        document.fail(
+            ("schedule",),
+            f"{settings.schedule!r} is no schedule of transformers. "
+            f"{suggest(settings.schedule, known)}",
+        )
+    given = settings.training.get("lr_scheduler_kwargs")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        transformers.get_scheduler(settings.schedule, optimizer, 1, 10, given)
+    except (ValueError, TypeError) as error:
+        document.fail(
+            ("schedule",),
+            f"{settings.schedule!r} needs other parameters (`training: {{lr_scheduler_kwargs: "
+            f"...}}`): {_one_line(error)}",
+        )
+
+
+def _check_deepspeed(given: Any, document: Document) -> None:
+    place = ("training", "deepspeed")
+    if isinstance(given, str):
+        try:
+            json.loads(Path(given).read_text(encoding="utf-8"))
+        except OSError as error:
+            document.fail(
+                place,
+                f"{given!r} cannot be read ({error.strerror}): it is a file of DeepSpeed's "
+                "settings in JSON, relative to the current directory",
+            )
+        except ValueError as error:
+            document.fail(place, f"{given!r} is not JSON: {error}")
+    if importlib.util.find_spec("deepspeed") is None:
+        document.fail(place, "DeepSpeed is not installed here: pip install deepspeed")
+
+
+def _check_reports(given: Any, document: Document) -> None:
+    from transformers.integrations import integration_utils
+
+    place, known = ("training", "report_to"), integration_utils.INTEGRATION_TO_CALLBACK
+    for name in given if isinstance(given, list) else [given]:
+        if name not in known:
+            document.fail(place, f"{name!r} is not known. {suggest(name, [*known, 'none', 'all'])}")
+        if name not in integration_utils.get_available_reporting_integrations():
+            document.fail(place, f"the package behind {name!r} is missing: pip install {name}")
 
 
 def batch_shape(settings: FusionSettings, world: int) -> tuple[int, int]:
@@ -186,7 +290,7 @@ def settings_refused() -> Iterator[None]:
         raise RecipeError(f"settings: transformers refuses them: {_one_line(error)}") from error
 
 
-def _numbers(block: dict[str, Any]) -> dict[str, Any]:
+def _numbers(block: dict[str, Any], document: Document = NO_PLACE) -> dict[str, Any]:
     """YAML reads 1e-4 as a word: turn words into numbers where a number is meant."""
     kinds = typing.get_type_hints(transformers.TrainingArguments)
     found = dict(block)
@@ -196,7 +300,7 @@ def _numbers(block: dict[str, Any]) -> dict[str, Any]:
             try:
                 found[key] = float(value)
             except ValueError:
-                raise RecipeError(f"settings: training.{key} is a number, not {value!r}") from None
+                document.fail(("training", key), f"is a number, not {value!r}")
     return found
 
 

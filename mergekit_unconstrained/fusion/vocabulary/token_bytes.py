@@ -158,10 +158,11 @@ def adds_space(tokenizer: Any, name: str, pieces: tuple[bytes | None, ...]) -> b
 
 
 def refuse(name: str, why: str) -> NoReturn:
-    """Say that there is no byte table, and what works without one."""
+    """Say that there is no byte table, without which no response can be found in the tokens."""
     raise ModelError(
-        f"the bytes behind the tokens of {name} cannot be known ({why}): write "
-        "`alignment: dtw_fusechat` into the settings file, which compares strings instead"
+        f"the bytes behind the tokens of {name} cannot be known ({why}): a model with this "
+        "tokenizer can be neither pivot nor source of a fusion, whatever the alignment; take one "
+        "whose tokenizer keeps every byte (byte-level BPE, sentencepiece, tiktoken)"
     )
 
 
