@@ -182,6 +182,31 @@ def test_a_group_that_cannot_be_merged_is_one_clear_error(
     assert not (tmp_path / "out.fusion").exists()
 
 
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"llama_a": {}, "qwen2": {"base": "gpt2"}}, "qwen2 names a base that it was not trained"),
+        ({"llama_a": {"base": "llama_b"}, "qwen2": {}}, "llama_b, but that group is merged from"),
+    ],
+)
+def test_a_base_that_would_be_ignored_is_refused(
+    models: Models, tmp_path: Path, entries: dict[str, dict[str, Any]], said: str
+) -> None:
+    bases = {n: {k: str(models.folder / v) for k, v in own.items()} for n, own in entries.items()}
+    result = run(models.mix(bases), tmp_path / "out", "check")
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("base", ["llama_base", "qwen2_base"])
+def test_a_base_that_is_the_groups_own_is_let_pass(
+    models: Models, tmp_path: Path, base: str
+) -> None:
+    own = {"base": str(models.folder / base)}
+    entries = {"llama_a": own, "qwen2": {}} if base == "llama_base" else {"qwen2": own}
+    assert run(models.mix(entries), tmp_path / "out", "check").exit_code == 0
+
+
 # -- the zoo --------------------------------------------------------------------------------------
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
-from mergekit_unconstrained.fusion.data.conversations import read_conversations
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member
+from mergekit_unconstrained.fusion.preview import BYTES_PER_TOKEN, Preview
 from mergekit_unconstrained.fusion.training.arguments import batch_shape
 
-BYTES_PER_TOKEN = 4.2
-"""Of English text under the usual tokenizers: an estimate, to be replaced by the data stage."""
-SAMPLE = 500
 _ROW = 150
 """Bytes of a line of the data stage beside its text."""
 
@@ -41,12 +37,12 @@ class Estimate:
     licences: dict[str, str | None]
 
 
-def estimate(plan: FusionPlan) -> Estimate:
-    """Estimate a plan from its headers, a sample of its data and one multiplication of matrices.
+def estimate(plan: FusionPlan, data: Preview) -> Estimate:
+    """Estimate a plan from its headers, a look at its data and one multiplication of matrices.
 
     A forward pass costs 2 operations per parameter and token, a training step 6.
     """
-    return costs(plan, *_data(plan))
+    return costs(plan, data.conversations, data.tokens, data.text)
 
 
 def costs(plan: FusionPlan, rows: int, tokens: int, text: int | None = None) -> Estimate:
@@ -70,21 +66,27 @@ def costs(plan: FusionPlan, rows: int, tokens: int, text: int | None = None) -> 
     seconds[f"training, {count} time{'s' if count > 1 else ''}"] = (
         6 * pivot * trained / speed * count
     )
-    data = rows * _ROW + text
-    store = tokens * 3.5 * s.top_k * len(plan.members)
-    disk = data + store + count * pivot * (2 + (0 if plan.lora_rank else 24))
     memory = pivot * (4 + 12 * (0.02 if plan.lora_rank else 1.0))
     return Estimate(
         rows=rows,
         tokens=tokens,
         steps=steps,
         seconds=seconds,
-        disk=int(disk),
+        disk=disk_needed(plan, rows, tokens, text),
         memory=int(memory),
         logits=2 * 4 * math.prod(logits_shape(plan)),
         parameters=parameters,
         licences={m.name: licence_of(m) for m in plan.members},
     )
+
+
+def disk_needed(plan: FusionPlan, rows: int, tokens: int, text: int) -> int:
+    """Bytes that the work folder will hold at its fullest, with two checkpoints of one training."""
+    s = plan.settings
+    pivot = _parameters(plan.pivot)
+    trainings = (1 if s.pairing == "joint" else len(plan.sources)) + s.sft_baseline
+    stored = rows * _ROW + text + tokens * 3.5 * s.top_k * len(plan.members)
+    return int(stored + pivot * (2 * trainings + (0 if plan.lora_rank else 24)))
 
 
 def logits_shape(plan: FusionPlan) -> tuple[int, int, int]:
@@ -95,17 +97,6 @@ def logits_shape(plan: FusionPlan) -> tuple[int, int, int]:
     )
     device, _ = batch_shape(plan.settings, plan.settings.processes)
     return device, plan.settings.max_length, int(words or 0)
-
-
-def _data(plan: FusionPlan) -> tuple[int, int, int]:
-    """Conversations, tokens that are read, bytes of text; the latter two from a sample's bytes."""
-    s = plan.settings
-    rows = read_conversations(plan.dataset, s.columns, s.split, s.max_rows)
-    sample = list(islice(rows, SAMPLE))
-    count = len(sample) + sum(1 for _ in rows)
-    size = sum(len(t.text.encode()) for c in sample for t in c.turns)
-    mean = size / max(len(sample), 1)
-    return count, int(min(mean / BYTES_PER_TOKEN, s.max_length) * count), int(mean * count)
 
 
 def _parameters(member: Member) -> int:

@@ -9,6 +9,7 @@ calls an earlier one: it is handed what it needs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def collect(run: Run, data: Stage, model: LocalModel) -> Stage:
         if done is not None and not done.already:  # a resumed run's clock says nothing
             results["tokens_per_second"] = done.tokens_per_second
             results["outside_forward"] = 1.0 - done.forward_seconds / done.seconds
-        results |= _scores(Store(job.store), data)
+        results |= _scores(Store(job.store), data, len(model.table.pieces))
     return stage
 
 
@@ -231,15 +232,19 @@ def _winners(
     return {"sample": len(sample), "won": shares, "used": float(used.mean()) if len(used) else 0.0}
 
 
-def _scores(store: Store, data: Stage) -> dict[str, Any]:
-    """A model's bits per byte over the responses to train on and those held out."""
+def _scores(store: Store, data: Stage, words: int) -> dict[str, Any]:
+    """A model's bits per byte over the responses to train on and those held out, and bits per
+    token: of all responses, and of tokens picked at random from so many words."""
     held_out = {c.row for c in load_prepared(data.folder)[1]}
     parts = {
         "train": score(r for r in store if r.row not in held_out),
         "held_out": score((r for r in store if r.row in held_out), parts=True),
     }
-    tokens = sum(len(r.tokens) for r in store)
-    return {"tokens": tokens} | {k: vars(v) if v is not None else None for k, v in parts.items()}
+    counted = [(len(r.tokens), r.nats) for r in store]
+    tokens, nats = (sum(column) for column in zip(*counted, strict=True))
+    found = {"tokens": tokens, "bits_per_token": nats / math.log(2) / tokens}
+    found |= {"chance_bits_per_token": math.log2(words)}
+    return found | {k: vars(v) if v is not None else None for k, v in parts.items()}
 
 
 def training_job(

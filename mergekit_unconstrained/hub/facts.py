@@ -139,7 +139,8 @@ class Teacher:
     """A source of a fusion; licence: of the model itself, None for one that was merged before.
 
     coverage, label_consistency: shares of the pivot's positions (fusion/alignment/by_bytes.py).
-    won: share of conversations whose target came from it.
+    won: share of conversations whose target came from it. warnings: sentences about what speaks
+    against it as a teacher of this fusion.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -150,6 +151,7 @@ class Teacher:
     coverage: float | None = None
     label_consistency: float | None = None
     won: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -243,18 +243,60 @@ def licence_warnings(plan: FusionPlan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _teacher(member: Member, made: Stages, licence: str | None) -> facts.Teacher:
-    alignment = made.alignments[member.name].results
+WORSE_THAN_CHANCE = 1.0
+"""Bits a token above those of a choice at random from which on a source is warned of (ours)."""
+
+
+def source_warnings(name: str, made: Stages) -> tuple[str, ...]:
+    """Sentences about a source that can teach nothing, as far as the stages are made."""
+    found = []
+    read = made.distributions[name].results
+    bits, chance = (read.get(key) for key in ("bits_per_token", "chance_bits_per_token"))
+    if bits is not None and chance is not None and bits > chance + WORSE_THAN_CHANCE:
+        found.append(
+            f"{name} reads the responses worse than chance ({bits:.1f} bits per token, where "
+            f"tokens picked at random have {chance:.1f}): another model's tokenizer or chat "
+            "template may lie in its folder."
+        )
+    if _won(name, made) == 0.0:
+        found.append(
+            f"{name} won none of the sampled conversations: no target comes from it, and what is "
+            "trained on them learns nothing of it."
+        )
+    return tuple(found)
+
+
+def training_warnings(made: Stages) -> tuple[str, ...]:
+    """A sentence for every training after which held-out responses are less likely than before."""
+    trained = {**made.trained, **({"sft": made.sft} if made.sft is not None else {})}
+    found = []
+    for name, stage in trained.items():
+        before, after = stage.results.get("bits_per_byte") or (0.0, 0.0)
+        if not after <= before:
+            found.append(
+                f"training {name} made the held-out responses less likely ({before:.4f} -> "
+                f"{after:.4f} bits per byte): a lower learning_rate or fewer steps may help."
+            )
+    return tuple(found)
+
+
+def _won(name: str, made: Stages) -> float | None:
+    """The share of a sample's conversations whose target came from a source."""
     shares: list[dict[str, float]] = [stage.results["won"] for stage in made.targets.values()]
     # Of a mixture nobody wins anything.
-    won = next((s for s in shares if member.name in s and "mixture" not in s), {})
+    return next((s for s in shares if name in s and "mixture" not in s), {}).get(name)
+
+
+def _teacher(member: Member, made: Stages, licence: str | None) -> facts.Teacher:
+    alignment = made.alignments[member.name].results
     return facts.Teacher(
         name=member.name,
         licence=licence,
         weight=member.weight,
         coverage=alignment.get("coverage"),
         label_consistency=alignment.get("label_consistency"),
-        won=won.get(member.name),
+        won=_won(member.name, made),
+        warnings=source_warnings(member.name, made),
     )
 
 
@@ -274,7 +316,11 @@ def _training(plan: FusionPlan, made: Stages) -> dict[str, str | int | float]:
     if steps:
         found["steps"] = max(steps)
     if len(made.trained) > 1:
-        found["targets merged by"] = s.post_merge
+        found["targets merged by"] = s.post_merge + {
+            "sce": f", select_topk {s.post_merge_topk:g}",
+            "sce_dense": f", select_topk {s.post_merge_topk:g}",
+            "ties": f", density {s.post_merge_density:g}",
+        }.get(s.post_merge, "")
     if s.shuffle_source:
         found["control"] = "the sources' distributions were shuffled over conversations"
     return found

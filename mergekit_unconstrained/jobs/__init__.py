@@ -101,7 +101,10 @@ def check(path: str, options: MergeOptions) -> str:
     """Check a recipe of ours against its parents; gives what it is, in a few words."""
     document, config, method = _ours(path)
     if isinstance(method, compat.ModelMethod):
-        return whole_models(method).plan(document, config, method, options).summary
+        job = whole_models(method)
+        found = job.plan(document, config, method, options)
+        job.examine(found)
+        return str(found.summary)
     plan = make_plan(document, config, method, options)
     whole_model.measures_of(plan)
     return (
@@ -175,7 +178,8 @@ def _planned_fusion(path: str, options: MergeOptions) -> Any:
 
 
 def whole_models(method: MergeMethod) -> Any:
-    """The module that runs a method of whole models: its functions plan, show and run."""
+    """The module that runs a method of whole models: its functions plan, examine, show and
+    run."""
     from mergekit_unconstrained.jobs import fusing, mixture  # they bring datasets and more
 
     name = method.spec.name.removeprefix(ALIAS_PREFIX)

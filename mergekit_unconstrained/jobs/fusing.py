@@ -19,12 +19,15 @@ from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.errors import OutputError, RecipeError
 from mergekit_unconstrained.fusion import stages
+from mergekit_unconstrained.fusion.data.prepared import CONVERSATIONS
+from mergekit_unconstrained.fusion.estimates import disk_needed
 from mergekit_unconstrained.fusion.freshness import outdated
 from mergekit_unconstrained.fusion.inspection import inspection
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, plan_fusion
+from mergekit_unconstrained.fusion.preview import BYTES_PER_TOKEN, preview
 from mergekit_unconstrained.fusion.scores import Score
 from mergekit_unconstrained.fusion.stages import Run
-from mergekit_unconstrained.fusion.workdir import WorkDir, hashed, safe
+from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, hashed, safe
 from mergekit_unconstrained.hub import fusion_record
 from mergekit_unconstrained.hub.access import check_access
 from mergekit_unconstrained.jobs.fused_targets import merge_targets
@@ -32,6 +35,7 @@ from mergekit_unconstrained.jobs.fusion_models import located
 from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.jobs.weights import RunMerge, files_hash
 from mergekit_unconstrained.present import fusion as display
+from mergekit_unconstrained.present import size
 
 STEPS = ("collect", "align", "target", "train", "merge")
 """What `mergekit-unconstrained fuse STEP` may stop after."""
@@ -53,6 +57,25 @@ def plan(
 def show(plan: FusionPlan, out: Path | None) -> None:
     """Print a plan: models, data, stages with sizes and times."""
     display.print_plan(plan, out)
+    warn_of_licences(plan)
+
+
+def examine(plan: FusionPlan) -> None:
+    """What `check` does beside planning: read data that lies here, warn of licences.
+
+    DataError and ModelError as a run would have.
+    """
+    if Path(plan.dataset).expanduser().exists():
+        for note in preview(plan).notes:
+            display.warn(note)
+    warn_of_licences(plan)
+
+
+def warn_of_licences(plan: FusionPlan, told: str | None = None) -> None:
+    """A line for every source whose licence has a word on this use; told: was said already."""
+    for warning in fusion_record.licence_warnings(plan):
+        if warning not in (told or ""):
+            display.warn(warning)
 
 
 def run(
@@ -66,8 +89,10 @@ def run(
     """Carry out a recipe of `distribution_fusion`."""
     found = plan(document, config, method, options)
     if found.job.dry_run:
-        show(found, out)
-        publication_of(found, options).warn()
+        display.print_plan(found, out)
+        publication = publication_of(found, options)
+        publication.warn()
+        warn_of_licences(found, publication.warning)
         return
     fuse(found, out, options, run_merge)
 
@@ -92,10 +117,12 @@ def fuse(
     publication: what is asked for, where that was checked already.
     """
     started = time.monotonic()
+    told = publication.warning if publication is not None else None
     if publication is None:
         publication = publication_of(plan, options)
         if until == "merge":
             publication.check(card=options.write_model_card)
+            told = publication.warning
     plan = dataclasses.replace(plan, document=without_keys(plan.document))
     if until == "merge":
         if publication.goes_on(out):
@@ -104,8 +131,7 @@ def fuse(
         staging.check_out(out)
     if until in ("train", "merge"):
         check_checkpoint_pushes(plan, options.quiet)
-    for warning in fusion_record.licence_warnings(plan):
-        display.warn(warning)
+    warn_of_licences(plan, told)
     work = WorkDir(plan.work_dir(out))
     # Groups that were merged for this very run lie in the folder already.
     with work.locked(plan.settings.resume or bool(plan.groups)), display.without_other_bars():
@@ -113,6 +139,11 @@ def fuse(
         made = run_stages(run, until)
         if until == "merge":
             finish(run, made, out, options, run_merge, started, publication)
+    for source in plan.sources:
+        for warning in fusion_record.source_warnings(source.name, made):
+            display.warn(warning)
+    for warning in fusion_record.training_warnings(made):
+        display.warn(warning)
     if not options.quiet:
         display.print_stages(work, made.all())
         if until == "merge":
@@ -152,6 +183,7 @@ def check_checkpoint_pushes(plan: FusionPlan, quiet: bool) -> None:
 def run_stages(run: Run, until: str) -> fusion_record.Stages:
     """Every stage up to `until`; those that are there already are taken as they are."""
     data = stages.prepare_data(run)
+    warn_of_space(run, data)
     needed = [*((run.pivot,) if run.needs_pivot else ()), *run.sources]
     found = fusion_record.Stages(data=data)
     for model in needed:
@@ -178,6 +210,24 @@ def run_stages(run: Run, until: str) -> fusion_record.Stages:
         first = next(iter(found.targets.values()))
         found.sft = stages.train(run, *stages.training_job(run, first, (), sft=True))
     return found
+
+
+def warn_of_space(run: Run, data: Stage) -> None:
+    """Say before the first model is loaded that the disk of the work folder may be too small."""
+    manifests = [manifest for _, manifest in run.work.stages()]
+    if any(m["finished"] and str(m["stage"]).startswith("train/") for m in manifests):
+        return
+    text = (data.folder / CONVERSATIONS).stat().st_size
+    count = int(data.results["conversations"])
+    needed = disk_needed(run.plan, count, int(text / BYTES_PER_TOKEN), text)
+    held = sum(f.stat().st_size for f in run.work.root.rglob("*") if f.is_file())
+    free = display.free_space(run.work.root)
+    if free < needed - held:
+        display.warn(
+            f"the stages take about {size(needed - held)} more in {run.work.root}, and "
+            f"{size(free)} are free there: make room, or set `work_dir` to another disk; a run "
+            "that fills the disk can be continued"
+        )
 
 
 def finish(

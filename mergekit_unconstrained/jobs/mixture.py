@@ -95,6 +95,14 @@ def plan(
 def show(plan: Mixture, out: Path | None) -> None:
     """Print the tree: groups, stages, sizes, times, licences."""
     display.print_mixture(plan.groups, plan.fusion, plan.summary, out)
+    if plan.fusion is not None:
+        fusing.warn_of_licences(_with_groups(plan, plan.fusion))
+
+
+def examine(plan: Mixture) -> None:
+    """What `check` does beside planning, as in fusing.py."""
+    if plan.fusion is not None:
+        fusing.examine(_with_groups(plan, plan.fusion))
 
 
 def run(
@@ -108,7 +116,7 @@ def run(
     """Carry out a recipe of `unconstrained`."""
     found = plan(document, config, method, options)
     if found.job.dry_run:
-        show(found, out)
+        display.print_mixture(found.groups, found.fusion, found.summary, out)
         _warn(found, options)
         return
     if found.fusion is None:
@@ -139,14 +147,21 @@ def _parents(group: Any) -> tuple[Parent, ...]:
 
 
 def _of_fusion(found: Mixture, fusion: FusionPlan, options: MergeOptions) -> Publication:
+    return fusing.publication_of(_with_groups(found, fusion), options)
+
+
+def _with_groups(found: Mixture, fusion: FusionPlan) -> FusionPlan:
+    """The fusion's plan, which knows what its members will be merged from."""
     groups = tuple(MergedGroup(g.name, g.base, g.members) for g in found.groups)
-    return fusing.publication_of(dataclasses.replace(fusion, groups=groups), options)
+    return dataclasses.replace(fusion, groups=groups)
 
 
 def _warn(found: Mixture, options: MergeOptions) -> None:
     """What of a plan may not be given away."""
     if found.fusion is not None:
-        _of_fusion(found, found.fusion, options).warn()
+        publication = _of_fusion(found, found.fusion, options)
+        publication.warn()
+        fusing.warn_of_licences(_with_groups(found, found.fusion), publication.warning)
     else:
         Publication(found.job, "", _parents(found.groups[0])).warn()
 
@@ -212,13 +227,21 @@ def _groups(
     names = fusion_plan.unique_names([_group_name(h, m) for h, m in zip(heads, found, strict=True)])
     groups = []
     for index, (name, members) in enumerate(zip(names, found, strict=True)):
-        own = base if index == 0 else _named_base(document, members, parameters)
+        own = _named_base(document, members, parameters)
+        if index == 0:
+            _check_pivots_base(document, base, own)
+            own = base
         if index == 0 and not members:
             groups.append(Group(name, None, (base,), _template(document, base, parameters)))
             continue
         template = _template(document, members[0], parameters)
         single = len(members) == 1 and not _weighted(members[0], parameters)
         if single:
+            if index and own is not None and (why := obstacle(own, members[0])) is not None:
+                document.fail(
+                    ("models",),
+                    f"{members[0].name} names a base that it was not trained from: {why}",
+                )
             groups.append(Group(name, None, tuple(members), template))
             continue
         if own is None:
@@ -295,6 +318,18 @@ def _named_base(
             f"bases ({', '.join(sorted(named))}): task vectors need one",
         )
     return read_parent(compat.ModelReference.parse(named.pop())) if named else None
+
+
+def _check_pivots_base(document: Document, base: Parent, named: Parent | None) -> None:
+    """Models of the pivot's group are merged from `base_model`, and may name no other base."""
+    if named is None or named.reference == base.reference:
+        return
+    if named.folder is None or base.folder is None or not named.folder.samefile(base.folder):
+        document.fail(
+            ("models",),
+            f"a model of the pivot's group names the base {named.name}, but that group is merged "
+            f"from `base_model: {base.name}`: leave `base` out, or change base_model",
+        )
 
 
 def _recipe(

@@ -18,6 +18,7 @@ from mergekit_unconstrained.hub import publication, sources
 from mergekit_unconstrained.hub.access import check_access
 from mergekit_unconstrained.hub.gate import private_only
 from mergekit_unconstrained.hub.licences import NOT_LEGAL_ADVICE, Verdict, kept_private, verdict
+from mergekit_unconstrained.hub.names import display_name
 from mergekit_unconstrained.hub.push import look, push
 from mergekit_unconstrained.hub.retry import Patience
 from mergekit_unconstrained.present import byte_progress, hub, status
@@ -134,10 +135,14 @@ class Publication:
 
     def warn(self) -> None:
         """One line where the parents' licences forbid to share the result, or conflict."""
-        found = self._verdict()
-        warning = kept_private(found) if found is not None else None
-        if warning is not None:
+        if (warning := self.warning) is not None:
             hub.tell(f"the result is {warning}")
+
+    @property
+    def warning(self) -> str | None:
+        """What `warn` says."""
+        found = self._verdict()
+        return kept_private(found) if found is not None else None
 
     def _verdict(self) -> Verdict | None:
         """As far as the parents' own cards are here; the push looks again, at all that went in."""
@@ -145,7 +150,7 @@ class Publication:
         if any(p.folder is None for p in parents) or not self.merged:
             return None
         merged, teachers = (
-            [(p.name, sources.licence(p.folder)) for p in some]
+            [(display_name(p.name, p.commit is None), sources.licence(p.folder)) for p in some]
             for some in (self.merged, self.teachers)
         )
         return verdict(merged, teachers)

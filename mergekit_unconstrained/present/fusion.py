@@ -17,6 +17,7 @@ from rich.tree import Tree
 
 from mergekit_unconstrained.fusion.estimates import Estimate, estimate, logits_shape
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member
+from mergekit_unconstrained.fusion.preview import preview
 from mergekit_unconstrained.fusion.records import Origin
 from mergekit_unconstrained.fusion.workdir import WorkDir, read_manifest
 from mergekit_unconstrained.present import card, console, duration, size
@@ -57,7 +58,8 @@ def print_plan(plan: FusionPlan, out: Path | None) -> None:
 
 def tree(plan: FusionPlan, out: Path | None) -> Tree:
     """The plan as a tree: pivot, sources, stages."""
-    found = estimate(plan)
+    seen = preview(plan)
+    found = estimate(plan, seen)
     root = Tree(f"[bold]{escape(plan.method.spec.name)}[/]: {escape(plan.summary)}")
     models = root.add("models")
     models.add(_member("pivot", plan.pivot, found))
@@ -65,6 +67,8 @@ def tree(plan: FusionPlan, out: Path | None) -> Tree:
         models.add(_member("source", source, found))
     data = root.add("data")
     data.add(escape(f"{plan.dataset}: {found.rows:,} conversations, about {found.tokens:,} tokens"))
+    for note in seen.notes:
+        data.add(escape(note))
     s = plan.settings
     ways = root.add("fusion")
     ways.add(f"alignment {s.alignment}, vocabulary map {s.vocabulary_map}, top {s.top_k}")
@@ -77,14 +81,19 @@ def tree(plan: FusionPlan, out: Path | None) -> Tree:
     for name, seconds in found.seconds.items():
         least = f"at least {duration(seconds)}" if seconds >= 60 else "under a minute"
         stages.add(f"{escape(name)}: {least} of arithmetic on this machine")
-    folder = plan.work_dir(out) if out is not None else Path()
-    where = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    root.add(
-        f"disk: about {size(found.disk)} in {escape(str(folder))}, "
-        f"{size(shutil.disk_usage(where).free)} free"
-    )
+    named = out is not None or plan.settings.work_dir is not None
+    folder = plan.work_dir(out or Path()) if named else Path()
+    free = free_space(folder)
+    room = f"[yellow]only {size(free)} free[/]" if free < found.disk else f"{size(free)} free"
+    root.add(f"disk: about {size(found.disk)} in {escape(str(folder))}, {room}")
     root.add(_memory(plan, found))
     return root
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free where a folder lies or will lie."""
+    where = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(where).free
 
 
 def _memory(plan: FusionPlan, found: Estimate) -> str:

@@ -314,6 +314,11 @@ def test_a_bad_line_of_the_data_is_named(fused: Fused, tmp_path: Path) -> None:
     assert "bad.jsonl:2" in result.output or "line 2" in result.output
 
 
+def test_how_targets_are_merged_is_on_the_card_and_in_the_settings(fused: Fused) -> None:
+    assert "sce_dense, select_topk 0.1" in (fused.out / "README.md").read_text()
+    assert yaml.safe_load((fused.out / "fuse.yml").read_text())["post_merge_topk"] == 0.1
+
+
 def test_a_source_that_is_gone_on_resume_is_named(fused: Fused, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     shutil.copytree(fused.gpt2, gone)
@@ -402,6 +407,128 @@ def test_a_licence_with_a_word_on_distillation_is_warned_of(fused: Fused, tmp_pa
     recipe = write(tmp_path, fused, {"models": [{"model": str(bound)}]})
     said = succeed("fuse", "collect", recipe, tmp_path / "out", "--quiet")
     assert "Llama 3 Community License, the licence of bound, forbids" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "yaml"])
+def test_such_a_licence_is_warned_of_once_before_anything_is_done(
+    fused: Fused, tmp_path: Path, command: str
+) -> None:
+    bound = tmp_path / "bound"
+    shutil.copytree(fused.gpt2, bound)
+    (bound / "README.md").write_text("---\nlicense: llama2\n---\n")
+    recipe = write(tmp_path, fused, {"models": [{"model": str(bound)}]})
+    rest = [tmp_path / "out", "--dry-run"] if command == "yaml" else []
+    said = " ".join(succeed(command, recipe, *rest).split())
+    assert said.count("the licence of bound, forbids using the model or its outputs") == 1
+
+
+def test_a_source_that_teaches_nothing_and_a_training_that_diverges_are_warned_of(
+    fused: Fused, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    deaf = tmp_path / "deaf"
+    shutil.copytree(fused.gpt2, deaf)
+    (deaf / "README.md").write_text("---\nlicense: llama2\n---\n")
+    weights = load_file(deaf / "model.safetensors")
+    weights["transformer.wte.weight"] *= 100  # sure of itself, and wrong
+    save_file(weights, deaf / "model.safetensors", metadata={"format": "pt"})
+    change = {"models": [{"model": str(deaf)}], "parameters": {"learning_rate": 3.0}}
+    said = " ".join(succeed("yaml", write(tmp_path, fused, change), tmp_path / "out").split())
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    for text in (said, card):
+        assert "deaf reads the responses worse than chance" in text
+        assert "deaf won none of the sampled conversations" in text
+    assert "training deaf made the held-out responses less likely" in said
+    assert said.count("the licence of deaf, forbids using the model or its outputs") == 1
+
+
+def test_a_source_that_teaches_something_is_not_warned_of(fused: Fused) -> None:
+    card = (fused.out / "README.md").read_text()
+    assert "worse than chance" not in card
+    won = json.loads((fused.out / "fusion.json").read_text())["targets"]
+    assert [f"Warning: {name}" in card for name in won] == [
+        not target["won"][name] for name, target in won.items()
+    ]
+    assert any(target["won"][name] for name, target in won.items())
+
+
+def wordpiece(folder: Path, fused: Fused) -> Path:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(fused.gpt2, folder)
+    words = models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": '{"question": "q", "text": "r"}'}, "has no response column"),
+        (
+            {"data": '{"question": "q", "answer": "r"}\n{"quest'},
+            "bad.jsonl:2: this line is not JSON",
+        ),
+        ({"data": ""}, "holds no rows"),
+        ({"settings": {"max_length": 8}}, "no row can be used"),
+        ({"settings": {"max_length": 300}, "long": True}, "set `max_length: 256`"),
+        ({"settings": {"max_length": 100}, "long": True}, "every response is longer than"),
+        ({"template": "{{ messages[7].content }}"}, "chat template of"),
+        ({"wordpiece": True, "settings": {"alignment": "dtw_fusechat"}}, "whatever the alignment"),
+        ({"parameters": {"epochs": 2}}, "parameters.epochs: is given beside `max_steps`"),
+        ({"settings": {"schedule": "cosin"}}, "settings.yml:5: schedule: 'cosin' is no schedule"),
+    ],
+)
+def test_check_and_plan_refuse_what_the_run_would(
+    fused: Fused, tmp_path: Path, command: str, change: dict[str, Any], said: str
+) -> None:
+    change = dict(change)
+    if change.pop("long", False):
+        change["data"] = json.dumps({"question": "q", "answer": "seven and two " * 200})
+    if "data" in change:
+        (tmp_path / "bad.jsonl").write_text(change.pop("data"))
+        change["parameters"] = {"dataset": str(tmp_path / "bad.jsonl")}
+    if "template" in change:
+        (tmp_path / "t.jinja").write_text(change.pop("template"))
+        own = {"chat_template": str(tmp_path / "t.jinja")}
+        change["models"] = [{"model": str(fused.gpt2), "parameters": own}]
+    if change.pop("wordpiece", False):
+        change["models"] = [{"model": str(wordpiece(tmp_path / "words", fused))}]
+    result = run(command, write(tmp_path, fused, change))
+    assert result.exit_code == 1, result.output
+    assert said in " ".join(result.output.split())
+
+
+def test_plan_tells_of_rows_that_are_left_out_and_cut(fused: Fused, tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": a} for a in ("r", "seven and two " * 200, "", "s")]
+    rows.append({"question": "seven and two " * 200, "answer": "r"})
+    data = tmp_path / "d.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    recipe = write(tmp_path, fused, {"parameters": {"dataset": str(data)}})
+    for command in ("check", "plan"):
+        said = " ".join(succeed(command, recipe).replace("│", " ").split())
+        assert "1 empty response (row 2)" in said
+        assert "1 longer than max_length before its response begins (row 4)" in said
+        assert "1 of the first 4 responses are cut by `max_length: 128`" in said
+
+
+def test_the_disk_of_the_work_folder_is_the_one_that_counts(
+    fused: Fused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_unconstrained.present import fusion as display
+
+    asked = []
+    monkeypatch.setattr(display, "free_space", lambda folder: asked.append(folder) or 1000)
+    full = tmp_path / "full"
+    recipe = write(tmp_path, fused, {"settings": {"work_dir": str(full)}})
+    assert "only 1000 B free" in " ".join(succeed("plan", recipe).replace("│", " ").split())
+    said = " ".join(succeed("fuse", "collect", recipe, tmp_path / "out", "--quiet").split())
+    assert "1000 B are free there: make room" in said
+    assert set(asked) == {full}
 
 
 def test_distributions_of_another_tokenizers_version_are_noticed(

@@ -11,13 +11,14 @@ import torch
 import yaml
 
 from mergekit_unconstrained.compat import MergeOptions
+from mergekit_unconstrained.fusion.settings import FusionSettings
 from mergekit_unconstrained.jobs.fused_targets import targets_recipe
 from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
 
 
-def recipe_of(kind: str, weights: dict[str, float]) -> dict[str, Any]:
+def recipe_of(kind: Any, weights: dict[str, float], **settings: Any) -> dict[str, Any]:
     run = SimpleNamespace(
-        settings=SimpleNamespace(post_merge=kind),
+        settings=FusionSettings(post_merge=kind, **settings),
         sources=[SimpleNamespace(name=n, weight=w) for n, w in weights.items()],
         pivot=SimpleNamespace(weights=Path("pivot")),
         plan=SimpleNamespace(pivot=SimpleNamespace(parent=SimpleNamespace(tensors={}))),
@@ -59,3 +60,12 @@ def test_sources_keep_the_ratio_of_their_weights(kind: str) -> None:
     models = recipe_of(kind, {"a": 1.0, "b": 0.5})["models"]
     first, second = (m["parameters"]["weight"] for m in models)
     assert first == pytest.approx(2 * second)
+
+
+def test_what_the_merge_keeps_can_be_set() -> None:
+    weights = {"a": 1.0, "b": 1.0}
+    assert recipe_of("sce_dense", weights)["parameters"]["select_topk"] == 0.1
+    sce = recipe_of("sce", weights, post_merge_topk=0.5)
+    assert sce["parameters"]["select_topk"] == 0.5
+    ties = recipe_of("ties", weights, post_merge_density=0.7)
+    assert [m["parameters"]["density"] for m in ties["models"]] == [0.7, 0.7]
