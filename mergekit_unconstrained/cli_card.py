@@ -114,9 +114,9 @@ def verify(
 ) -> None:
     """Compare every file of DIR with its provenance.json.
 
-    DIR may be the id of a repository on the Hub. Exit status 0 when all are as they were written, 1 with a line for each one that is not. The
-    card may be written again by hand and is not compared. The weights of a repository are not
-    fetched: the Hub's own hashes of them are compared.
+    DIR may be the id of a repository on the Hub. Exit status 0 when all are as they were written, 1
+    with a line for each one that is not. The card may be written again by hand and is not compared.
+    The weights of a repository are not fetched: the Hub's own hashes of them are compared.
     """
     from mergekit_unconstrained.hub import provenance
     from mergekit_unconstrained.hub.facts import is_hub_id

@@ -35,9 +35,10 @@ def push(
 ) -> None:
     """Publish DIR, a finished output, as ORG/NAME on the Hub.
 
-    DIR is of a merge, a fusion or a search. Token, rights and name are checked first; all files arrive in one commit, whose hashes are
-    compared with those here. Nothing is ever deleted. Whatever ends a push, the same command goes
-    on with it. The token is that of `hf auth login` or HF_TOKEN, the Hub that of HF_ENDPOINT.
+    DIR is of a merge, a fusion or a search. Token, rights and name are checked first; all files
+    arrive in one commit, whose hashes are compared with those here. Nothing is ever deleted.
+    Whatever ends a push, the same command goes on with it. The token is that of `hf auth login` or
+    HF_TOKEN, the Hub that of HF_ENDPOINT.
     """
     from mergekit_unconstrained.hub.access import check_ready
     from mergekit_unconstrained.hub.names import check_tag_name
