@@ -36,7 +36,10 @@ RANGES: dict[str, Range] = {
 """Numbers of methods that are tuned, and between what."""
 LAYERS = ("bottom", "top", "transition")
 """Counts of layers, up to a quarter of them."""
-OPTIONAL = {"widen": {"threshold": Range(low=0.0, high=3.0)}}
+OPTIONAL = {
+    "widen": {"threshold": Range(low=0.0, high=3.0)},
+    "nearswap": {"t": Range(low=0.0, high=0.02)},  # a distance of two entries, not a share
+}
 """Where a name means something else."""
 NO_MERGE = ("passthrough",)
 
@@ -92,7 +95,7 @@ def genome_for(method: MergeMethod, given: Mapping[str, Any], layers: int) -> Ge
     for spec in method.spec.parameters:
         found = special.get(spec.name) or range_of(spec, layers)
         if found is not None and _matters(spec, method, given):
-            parameters[spec.name] = found
+            parameters[spec.name] = starting_at_default(found, spec)
     if not parameters:
         return None
     return GenomeSettings(parameters=parameters, layers=0, kinds=(), outer="tied")
@@ -106,6 +109,14 @@ def range_of(spec: ParameterSpec, layers: int) -> Range | None:
     if schema.get("type") == "integer":
         return Range(low=0, high=max(1, layers // 4)) if spec.name in LAYERS else None
     return RANGES.get(spec.name)
+
+
+def starting_at_default(found: Range, spec: ParameterSpec) -> Range:
+    """A range whose start is the method's own default, where that is a number."""
+    if spec.required or not isinstance(spec.default, int | float):
+        return found
+    assert found.low is not None and found.high is not None
+    return found.model_copy(update={"start": min(max(float(spec.default), found.low), found.high)})
 
 
 def _matters(spec: ParameterSpec, method: MergeMethod, given: Mapping[str, Any]) -> bool:

@@ -134,6 +134,22 @@ def test_a_method_that_fails_leaves_the_others_their_rows(
     assert "varm: failed, of no &#124; use" in (out / "compare.md").read_text()
 
 
+def test_tuning_begins_at_the_methods_own_defaults() -> None:
+    given = {"merge_method": "layerwise", "parameters": {}}
+    starts = {}
+    for name in ("consensus", "widen", "pcb", "optmerge", "ramplus_tl", "lines", "linear"):
+        genome = genome_for(compat.get(name), given, 3)
+        assert genome is not None
+        starts[name] = {k: r.start for k, r in (genome.parameters or {}).items()}
+    assert starts["consensus"] == {"weight": 1.0, "tall_lambda": 0.4, "lambda": 0.3}
+    assert starts["widen"] == {"weight": 1.0, "threshold": 1.0, "calibration": 1.0, "lambda": 1.0}
+    assert starts["pcb"]["density"] == 0.1
+    assert starts["optmerge"]["lambda"] == 0.1
+    assert starts["ramplus_tl"] == {"r": 0.1, "alpha": 0.2}
+    assert starts["lines"]["alpha"] == 0.5  # of `auto` and two experts
+    assert starts["linear"] == {"weight": None}  # has no default
+
+
 def test_a_dry_run_says_what_would_be_tuned_and_writes_no_table(
     planted: Planted, tmp_path: Path
 ) -> None:
