@@ -21,8 +21,8 @@ Ours: an expert that did not change a matrix has l_i = 0, and directions of zero
 none of (2); of a single U_i, whose singular values are all 1, B has the first columns; top 0 keeps
 nothing.
 
-Cost: N decompositions of m x n and one of m x min(m, n) (numerics/svd.py); a step makes 2 N passes
-over the tensor and two products of m x b by m x n, b = min(m, n) / subspace; memory for the d_i and
+Cost: N decompositions of m x n and one of m x min(m, n) (numerics/svd.py); a step reads every d_i
+twice and makes two products of m x b by b x n, b = min(m, n) / subspace; memory for the d_i and
 four more matrices of the tensor's shape, float32.
 """
 
@@ -73,19 +73,22 @@ class Disturbance:
     """The loss of Eq. (3) and its projected gradient.
 
     d: [N, m, n], the task vectors. l: [N], the l_i. B: [m, b], the shared subspace.
+
+    The residual of a row is linear in X, so that the part without X is computed once and a step
+    reads every d_j twice, without a matrix of the tensor's shape but the gradient.
     """
 
     def __init__(self, d: torch.Tensor, l: torch.Tensor, B: torch.Tensor) -> None:
-        self.d, self.B, self.total = d, B, float(l.sum())
-        self.merged = torch.tensordot(l, d, dims=1)
+        self.B, self.total = B, float(l.sum())
+        self.rows = d.transpose(0, 1)  # [m, N, n], a view
+        merged = torch.tensordot(l, d, dims=1)
+        at_zero = [(d_j * (d_j - merged)).sum(dim=1, dtype=torch.float64) for d_j in d]
+        self.at_zero = torch.stack(at_zero, dim=1)[:, :, None].to(d.dtype)  # [m, N, 1]
 
     def __call__(self, X: torch.Tensor) -> tuple[float, torch.Tensor]:
-        shift = self.merged + self.total * X
-        residuals = torch.stack([(d_j * (d_j - shift)).sum(dim=1) for d_j in self.d])  # [N, m]
-        gradient = torch.zeros_like(X)
-        for d_j, residual in zip(self.d, residuals, strict=True):
-            gradient.addcmul_(d_j, residual[:, None], value=-2 * self.total)
-        gradient.sub_(self.B @ (self.B.T @ gradient))
+        residuals = self.at_zero - self.total * torch.bmm(self.rows, X[:, :, None])
+        gradient = torch.bmm(-2 * self.total * residuals.mT, self.rows)[:, 0]
+        gradient.addmm_(self.B, self.B.T @ gradient, alpha=-1)
         return float(residuals.double().square().sum()), gradient
 
 
