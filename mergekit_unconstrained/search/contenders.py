@@ -115,8 +115,7 @@ def starting_at_default(found: Range, spec: ParameterSpec) -> Range:
     """A range whose start is the method's own default, where that is a number."""
     if spec.required or not isinstance(spec.default, int | float):
         return found
-    assert found.low is not None and found.high is not None
-    return found.model_copy(update={"start": min(max(float(spec.default), found.low), found.high)})
+    return found.model_copy(update={"start": float(spec.default)})
 
 
 def _matters(spec: ParameterSpec, method: MergeMethod, given: Mapping[str, Any]) -> bool:
