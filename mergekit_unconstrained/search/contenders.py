@@ -41,6 +41,12 @@ OPTIONAL = {
     "nearswap": {"t": Range(low=0.0, high=0.02)},  # a distance of two entries, not a share
 }
 """Where a name means something else."""
+SCALED = frozenset(
+    {"dare_exact", "lines", "pcb", "tsvm", "widen"}
+    | {"task_arithmetic", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties"}
+    | {"della_linear"}
+)
+"""Methods whose weights scale all that is added, as `lambda` does, which is not tuned then."""
 NO_MERGE = ("passthrough",)
 
 
@@ -121,7 +127,9 @@ def starting_at_default(found: Range, spec: ParameterSpec) -> Range:
 def _matters(spec: ParameterSpec, method: MergeMethod, given: Mapping[str, Any]) -> bool:
     """Whether a parameter does anything: mergekit's task_arithmetic takes a density and lets it."""
     if method.spec.name == "task_arithmetic":
-        return spec.name == "weight"  # lambda only scales the weights
+        return spec.name == "weight"
+    if method.spec.name in SCALED:
+        return spec.name != "lambda"
     if method.spec.name == "layerwise":
         operator = (given.get("parameters") or {}).get("operator", "task_arithmetic")
         return spec.name == "weight" or (spec.name == "density" and "ties" in operator)
