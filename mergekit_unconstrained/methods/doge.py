@@ -35,14 +35,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import measured
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import (
@@ -55,12 +48,14 @@ from mergekit_unconstrained.engine.prepass import (
 )
 from mergekit_unconstrained.engine.task_vectors import (
     add,
+    add_mean,
     is_finite,
-    is_matrix,
     is_matrix_role,
+    may_be_matrix,
     step_bar,
     task_vectors,
 )
+from mergekit_unconstrained.engine.tensor_method import tensor_method
 from mergekit_unconstrained.numerics.descent import adam
 from mergekit_unconstrained.numerics.quantiles import Summary
 from mergekit_unconstrained.numerics.svd import thin_svd
@@ -138,13 +133,7 @@ def masked_sum(
     return merged
 
 
-@merge_method(
-    name="doge",
-    pretty_name="DOGE TA",
-    reference_url=CATALOG["doge"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("doge", "DOGE TA")
 def doge(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     eta: Annotated[float, Field(ge=0, le=100)] = 0.07,
@@ -156,12 +145,11 @@ def doge(
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (5) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
+    if not may_be_matrix(group):
+        return add_mean(group, 0.0)  # the base, and NaN of anybody
     d = task_vectors(group)
-    if not is_matrix(group, d):
-        # The base; of a tensor with NaN the mean, which shows where it is.
-        return add(group, d.mean(dim=0) if not is_finite(d) else torch.zeros_like(d[0]), lambda_)
+    if not is_finite(d):
+        return add(group, d.mean(dim=0), lambda_)  # which shows where it is not
     if scope == "model":
         found = measured(MAGNITUDES)
         thresholds = [found_threshold(found[str(e.id)], top) for e in group.non_base]
