@@ -16,8 +16,10 @@ import torch
 
 log = logging.getLogger(__name__)
 
-ROUNDING = 1e-6
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 """A gradient below this fraction of the terms it is the difference of is nothing but rounding."""
+FALLEN = 1e-6
+"""A loss must fall by this fraction to have fallen."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Quadratic:
 
     def at_optimum(self, m: torch.Tensor) -> bool:
         """Whether the gradient is zero but for rounding, which Adam would blow up."""
-        return bool(self(m)[1].abs().max() <= ROUNDING * self.R.abs().max())
+        return bool(self(m)[1].abs().max() <= ROUNDING[m.dtype] * self.R.abs().max())
 
     def nearest_minimiser(self, m: torch.Tensor) -> torch.Tensor:
         """The minimiser of f nearest to m: m + (R - m G) G^+; everything float64.
@@ -77,8 +79,8 @@ def adam(
             first = loss
             if not bool(x.grad.any()):
                 break  # Adam stays where there is no slope
-        elif step == max(1, steps // 10) and loss > (1 - ROUNDING) * first:
-            rose = loss > (1 + ROUNDING) * first
+        elif step == max(1, steps // 10) and loss > (1 - FALLEN) * first:
+            rose = loss > (1 + FALLEN) * first
             log.warning(
                 "%s: the loss has not fallen, from %.6g to %.6g after %d steps: choose a "
                 "learning_rate %s %g",
