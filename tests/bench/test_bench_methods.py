@@ -2,8 +2,8 @@
 
 Prints a table and asserts nothing about time; one run of each. Parameters are those of the recipes
 in recipes/methods/, so iterative methods make all their steps: minutes to hours at 270M.
-MERGEKIT_UNCONSTRAINED_BENCH chooses the size (21M, 84M, 270M, tiny; the first three have 1, 4 and 16
-of the same layers), MERGEKIT_UNCONSTRAINED_BENCH_METHODS some of the methods, with commas between.
+MERGEKIT_UNCONSTRAINED_BENCH chooses the size (tiny, or 21M, 84M and 270M with 1, 4 and 16 layers of
+one shape), MERGEKIT_UNCONSTRAINED_BENCH_METHODS some of the methods, with commas between.
 Ours run with a memory_budget, which peaks are compared with.
 """
 
