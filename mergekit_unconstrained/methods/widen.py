@@ -18,7 +18,8 @@ Ours: cosines in float64, whose differences from 1 would drown in float32; a col
 C_i = 0 (the code divides by zero); tensors of three and more dimensions are read as first x rest;
 w_i is `weight`.
 
-Cost: two passes over every parent, a sort of the columns, one pass for the sum.
+Cost: two passes over every parent, a sort of the columns, one pass for the sum. Memory, measured
+with N = 2: 8 times the tensor in float32.
 """
 
 from __future__ import annotations
