@@ -22,9 +22,9 @@ none of (2); of a single U_i, whose singular values are all 1, B has the first c
 nothing.
 
 Cost: N decompositions of m x n and one of m x min(m, n) (numerics/svd.py); a step reads every d_i
-twice and makes two products of m x b by b x n, b = min(m, n) / subspace. Memory for the d_i and four
-more float32 matrices of the tensor's shape in a step; measured with N = 2 and m = n = 2048: 25 in the
-decompositions.
+twice and makes two products of m x b by b x n, b = min(m, n) / subspace. Memory in a step: the d_i
+and four more float32 matrices of the tensor's shape; measured with N = 2 and m = n = 2048: 25 of
+them in the decompositions.
 """
 
 from __future__ import annotations
