@@ -39,8 +39,11 @@ LAYERS = ("bottom", "top", "transition")
 OPTIONAL = {
     "widen": {"threshold": Range(low=0.0, high=3.0)},
     "nearswap": {"t": Range(low=0.0, high=0.02)},  # a distance of two entries, not a share
+    # Between 0 and 1 even with the default epsilon of 0.15 more or less, as mergekit asks.
+    "della": {"density": Range(low=0.2, high=0.8, start=0.5)},
+    "della_linear": {"density": Range(low=0.2, high=0.8, start=0.5)},
 }
-"""Where a name means something else."""
+"""Where a name means something else, or its usual range is refused."""
 SCALED = frozenset(
     {"dare_exact", "lines", "pcb", "tsvm", "widen"}
     | {"task_arithmetic", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties"}
@@ -99,9 +102,11 @@ def genome_for(method: MergeMethod, given: Mapping[str, Any], layers: int) -> Ge
     special = OPTIONAL.get(method.spec.name, {})
     parameters = {}
     for spec in method.spec.parameters:
-        found = special.get(spec.name) or range_of(spec, layers)
+        own = special.get(spec.name)
+        found = own or range_of(spec, layers)
         if found is not None and _matters(spec, method, given):
-            parameters[spec.name] = starting_at_default(found, spec)
+            kept = own is not None and own.start is not None
+            parameters[spec.name] = found if kept else starting_at_default(found, spec)
     if not parameters:
         return None
     return GenomeSettings(parameters=parameters, layers=0, kinds=(), outer="tied")

@@ -147,7 +147,7 @@ def test_a_method_that_fails_leaves_the_others_their_rows(
 def test_tuning_begins_at_the_methods_own_defaults() -> None:
     given = {"merge_method": "layerwise", "parameters": {}}
     starts = {}
-    for name in ("consensus", "widen", "pcb", "optmerge", "ramplus_tl", "lines", "linear"):
+    for name in ("consensus", "widen", "pcb", "optmerge", "ramplus_tl", "lines", "linear", "della"):
         genome = genome_for(compat.get(name), given, 3)
         assert genome is not None
         starts[name] = {k: r.start for k, r in (genome.parameters or {}).items()}
@@ -158,6 +158,7 @@ def test_tuning_begins_at_the_methods_own_defaults() -> None:
     assert starts["ramplus_tl"] == {"r": 0.1, "alpha": 0.2}
     assert starts["lines"]["alpha"] == 0.5  # of `auto` and two experts
     assert starts["linear"] == {"weight": None}  # has no default
+    assert starts["della"]["density"] == 0.5  # mergekit refuses its own default
 
 
 @pytest.mark.parametrize("name", sorted(SCALED))
