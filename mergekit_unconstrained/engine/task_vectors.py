@@ -67,15 +67,28 @@ def add_entrywise(
     return finish(group, out.reshape(base.shape))
 
 
-def is_matrix(group: TensorGroup, d: torch.Tensor) -> bool:
+def add_mean(
+    group: TensorGroup, lambda_: float, weight: Mapping[Any, float] | None = None
+) -> torch.Tensor:
+    """As `add`, of the mean of the weight_i * d_i, a few entries at a time."""
+    base = group.base
+    assert base is not None
+    given = [1.0 if weight is None else weight[entry.id] for entry in group.non_base]
+    dtype = torch.promote_types(base.tensor.dtype, torch.float32)
+    weights = torch.tensor(given, dtype=dtype, device=base.tensor.device)[:, None]
+    return add_entrywise(group, lambda_, lambda d: d.mul_(weights).mean(dim=0))
+
+
+def may_be_matrix(group: TensorGroup) -> bool:
     """Whether a tensor is what papers on matrices mean: 2-D, of attention or MLP.
 
-    d: its task vectors. Not the embedding, the head, norms and biases. Ours: matrices of unknown
-    kind inside a layer and unnamed ones count; with NaN or infinity there is no decomposition, so
-    such a tensor does not count, and `finish` reports it unless the recipe allows it.
+    Not the embedding, the head, norms and biases. Ours: matrices of unknown kind inside a layer and
+    unnamed ones count. Whether it can be decomposed is known from its task vectors (`is_finite`).
     """
+    assert group.base is not None
+    shape = group.base.tensor.shape
     placed = not group.metadata.name or is_matrix_role(role_of(group.metadata))
-    return d.ndim == 3 and d.numel() > 0 and placed and is_finite(d)
+    return placed and len(shape) == 2 and shape.numel() > 0
 
 
 def is_matrix_role(role: Role) -> bool:

@@ -139,10 +139,10 @@ def _entry(
     s = plan.settings.model_copy(
         update={
             "recipe": recipe_for(method, given),
-            "sampler": "cma",
+            # The method's defaults, nine at random, the rest by TPE: CMA-ES would stay near the
+            # defaults for as few numbers and candidates as here.
+            "sampler": "tpe",
             "baselines": (),
-            # Half of the candidates at random, the other half by the strategy.
-            "uniform_first": max(1, plan.settings.budget // 2),
         }
     )
     if genome is not None:

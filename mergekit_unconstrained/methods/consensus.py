@@ -23,16 +23,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.task_vectors import add_entrywise
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -51,13 +44,7 @@ def consensus_vector(
     return tau * (agreement >= min_agreement).to(tau.dtype)  # (3)
 
 
-@merge_method(
-    name="consensus",
-    pretty_name="Consensus merging",
-    reference_url=CATALOG["consensus"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("consensus", "Consensus merging")
 def consensus(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # of an expert's task vector
@@ -66,12 +53,10 @@ def consensus(
     lambda_: Finite = 0.3,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Entry by entry, in float32 or wider; returns the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
-    dtype = torch.promote_types(group.base.tensor.dtype, torch.float32)
+    dtype = torch.promote_types(base_of(group).dtype, torch.float32)
     ids = [entry.id for entry in group.non_base]
     weights, lambdas = (
-        torch.tensor([values[i] for i in ids], dtype=dtype, device=group.base.tensor.device)
+        torch.tensor([values[i] for i in ids], dtype=dtype, device=base_of(group).device)
         for values in (weight, tall_lambda)
     )
     k = min(min_agreement, len(ids))

@@ -27,16 +27,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import finish
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.operators import Expert, Settings, magnitudes, merge
 
 LOG = logging.getLogger(__name__)
@@ -45,13 +38,7 @@ LARGE = 0.03
 """Mean |d_i| beyond which the paper sees the method fail."""
 
 
-@merge_method(
-    name="dare_exact",
-    pretty_name="DARE as published",
-    reference_url=CATALOG["dare_exact"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("dare_exact", "DARE as published")
 def dare_exact(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # w_i
@@ -61,9 +48,7 @@ def dare_exact(
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (4) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
-    base, name = group.base.tensor, group.metadata.name or ""
+    base, name = base_of(group), group.metadata.name or ""
     experts = []
     for entry in group.non_base:
         p, model = drop[entry.id], str(entry.id)

@@ -24,15 +24,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import depth_of, finish, role_of
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
 from mergekit_unconstrained.numerics.roles import Role
@@ -40,13 +34,7 @@ from mergekit_unconstrained.numerics.roles import Role
 Count = Annotated[int, Field(ge=0, le=1000)]
 
 
-@merge_method(
-    name="layer_swap",
-    pretty_name="Layer swapping",
-    reference_url=CATALOG["layer_swap"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=2, max_non_base=2),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("layer_swap", "Layer swapping", experts=2)
 def layer_swap(
     group: TensorGroup,  # one output tensor: base and two experts, any equal shape
     bottom: Count,  # layers at the input from the first expert
@@ -54,14 +42,12 @@ def layer_swap(
     transition: Count = 0,  # averaged layers on each side
 ) -> torch.Tensor:
     """Eqs. (1) to (3) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or len(group.non_base) < 2:
-        return group.tensors[0]
     share = task_share(role_of(group.metadata), bottom, top, transition)
     shares = (1 - share, share)
     experts = [
         Expert(entry.tensor, s) for entry, s in zip(group.non_base, shares, strict=True) if s > 0
     ]
-    return finish(group, merge(group.base.tensor, experts, Settings("linear")))
+    return finish(group, merge(base_of(group), experts, Settings("linear")))
 
 
 def task_share(role: Role, bottom: int, top: int, transition: int) -> float:

@@ -23,19 +23,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.config.table import load_table
 from mergekit_unconstrained.engine.context import finish, role_of
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Measure, of_model
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.engine.thresholds import Span, thresholds, trimmed
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.numerics.operators import (
@@ -60,13 +53,7 @@ NormalizeSetting = Annotated[
 ]
 
 
-@merge_method(
-    name="layerwise",
-    pretty_name="Layer-wise merging",
-    reference_url=CATALOG["layerwise"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("layerwise", "Layer-wise merging")
 def layerwise(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite | None] = None,  # w_i, unless the table gives it
@@ -86,8 +73,6 @@ def layerwise(
     precision: Literal["float32", "float64"] = "float32",  # of the arithmetic
 ) -> torch.Tensor:
     """Eq. (1) for one tensor. Returns the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
     name = group.metadata.name or ""
     table = load_table(coefficients) if coefficients else None
     role = role_of(group.metadata)
@@ -122,9 +107,9 @@ def layerwise(
     }
     settings = Settings.of(name, shared)
     if scope == "model":
-        base = group.base.tensor
+        base = base_of(group)
         experts = [trimmed(base, e, settings, _span(operator, e.density, e.gamma)) for e in experts]
-    return finish(group, merge(group.base.tensor, experts, settings))
+    return finish(group, merge(base_of(group), experts, settings))
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

@@ -23,15 +23,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import (
     depth_of,
     finish,
@@ -41,6 +33,7 @@ from mergekit_unconstrained.engine.context import (
 )
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics import initial
 from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
 
@@ -49,13 +42,7 @@ Scale = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | Literal["a
 SUMS = "sums of the task vectors"
 
 
-@merge_method(
-    name="lines",
-    pretty_name="LiNeS",
-    reference_url=CATALOG["lines"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("lines", "LiNeS")
 def lines(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # w_i
@@ -64,8 +51,6 @@ def lines(
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eq. (1) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
     experts = [
         Expert(entry.tensor, weight[entry.id], model=str(entry.id)) for entry in group.non_base
     ]
@@ -75,7 +60,7 @@ def lines(
     rises = role.layer and b
     scale = initial.depth(role.layer, depth_of(role), a, b) if rises else a
     settings = Settings("task_arithmetic", lambda_=lambda_ * scale)
-    return finish(group, merge(group.base.tensor, experts, settings))
+    return finish(group, merge(base_of(group), experts, settings))
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

@@ -36,24 +36,19 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import measured
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows, of_model
 from mergekit_unconstrained.engine.task_vectors import (
     MATRIX_KINDS,
     add,
+    add_entrywise,
     is_finite,
-    is_matrix,
+    may_be_matrix,
     task_vectors,
 )
+from mergekit_unconstrained.engine.tensor_method import tensor_method
 from mergekit_unconstrained.numerics.svd import thin_svd
 
 Order = Literal["recipe", "shuffled"]
@@ -98,13 +93,7 @@ def inverse_scale(norms: Sequence[float], merged: float) -> float:
     return sum(norms) / len(norms) / merged if merged else 0.0
 
 
-@merge_method(
-    name="opcm",
-    pretty_name="OPCM",
-    reference_url=CATALOG["opcm"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("opcm", "OPCM")
 def opcm(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5,  # share of s that is protected
@@ -114,16 +103,18 @@ def opcm(
     lambda_: Annotated[float, Field(allow_inf_nan=False)] = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (5) for one tensor, matrices in float64; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
-    d = task_vectors(group)
-    turned = d[order_of(len(d), order, seed)]
-    merged = accumulated(turned, threshold, matrix=is_matrix(group, d))
+    matrix = may_be_matrix(group)
     if scope == "model":
         found = measured(NORMS)
         norms = [s.squares**0.5 for label, s in found.items() if label != MERGED]
         total = found[MERGED].squares ** 0.5
-    else:
+        if not matrix:
+            scale = lambda_ * inverse_scale(norms, total)
+            return add_entrywise(group, scale, lambda d: d.sum(dim=0))
+    d = task_vectors(group)
+    turned = d[order_of(len(d), order, seed)]
+    merged = accumulated(turned, threshold, matrix=matrix and is_finite(d))
+    if scope == "tensor":
         norms = [float(d_i.double().norm()) for d_i in d]
         total = float(merged.double().norm())
     return add(group, merged * inverse_scale(norms, total), lambda_)

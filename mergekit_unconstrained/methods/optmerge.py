@@ -31,22 +31,16 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.task_vectors import (
     add,
+    add_mean,
     is_finite,
-    is_matrix,
+    may_be_matrix,
     step_bar,
     task_vectors,
 )
+from mergekit_unconstrained.engine.tensor_method import tensor_method
 from mergekit_unconstrained.numerics.descent import Quadratic, adam
 from mergekit_unconstrained.numerics.svd import thin_svd
 
@@ -74,13 +68,7 @@ def denoised_interference(d: torch.Tensor) -> Quadratic:
     return Quadratic(G, R, constant)
 
 
-@merge_method(
-    name="optmerge",
-    pretty_name="OptMerge",
-    reference_url=CATALOG["optmerge"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("optmerge", "OptMerge")
 def optmerge(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # of an expert's task vector
@@ -90,12 +78,11 @@ def optmerge(
     lambda_: Finite = 0.1,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (4) for one tensor; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
+    if not may_be_matrix(group):
+        return add_mean(group, 0.0)  # the base, and NaN of anybody
     d = task_vectors(group, weight)
-    if not is_matrix(group, d):
-        # The base; of a tensor with NaN the mean, which shows where it is.
-        return add(group, d.mean(dim=0) if not is_finite(d) else torch.zeros_like(d[0]), lambda_)
+    if not is_finite(d):
+        return add(group, d.mean(dim=0), lambda_)  # which shows where it is not
     if solver == "exact":
         d = d.double()  # in float32, rounding would pass for directions in which G is not zero
     loss, start = denoised_interference(d), d.sum(dim=0)

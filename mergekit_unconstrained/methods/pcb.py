@@ -23,7 +23,8 @@ A quantile is a sorted entry, not an interpolation: of n entries, number int(n q
 number int(n (1 - q) - 1) for an upper one. minmax of equal entries is zero (the code divides by
 zero), and so is D where no s_i is positive.
 
-Cost: a sort of every task vector and of its scores, and about ten passes over the entries.
+Cost: a sort of every task vector and of its scores, and about ten passes over the entries. Memory
+of scope `tensor`, measured with N = 2: 18 times the tensor in float32.
 """
 
 from __future__ import annotations
@@ -36,15 +37,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import measured
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows, of_model, one_value
@@ -54,6 +47,7 @@ from mergekit_unconstrained.engine.task_vectors import (
     is_finite,
     task_vectors,
 )
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.quantiles import Summary
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -133,13 +127,7 @@ def pcb_vector(
     return (weights[:, None] * clamped * s).sum(dim=0) / s.sum(dim=0).clamp(min=1e-12)
 
 
-@merge_method(
-    name="pcb",
-    pretty_name="PCB-Merging",
-    reference_url=CATALOG["pcb"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("pcb", "PCB-Merging")
 def pcb(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # w_i
@@ -149,9 +137,7 @@ def pcb(
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (7) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
-    t0, ids = group.base.tensor, [entry.id for entry in group.non_base]
+    t0, ids = base_of(group), [entry.id for entry in group.non_base]
     w = torch.tensor(
         [weight[i] for i in ids],
         dtype=torch.promote_types(t0.dtype, torch.float32),

@@ -20,33 +20,19 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
 
 
-@merge_method(
-    name="sce_dense",
-    pretty_name="SCE as published",
-    reference_url=CATALOG["sce_dense"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("sce_dense", "SCE as published")
 def sce_dense(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     select_topk: Annotated[float, Field(ge=0, le=1)] = 0.1,  # the fraction of Eq. (1)
     lambda_: Annotated[float, Field(allow_inf_nan=False)] = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (4) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
     experts = [Expert(entry.tensor, 1.0, model=str(entry.id)) for entry in group.non_base]
     settings = Settings("sce_dense", lambda_=lambda_, select_topk=select_topk)
-    return finish(group, merge(group.base.tensor, experts, settings))
+    return finish(group, merge(base_of(group), experts, settings))

@@ -29,18 +29,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import finish, measured
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows, of_model
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.engine.thresholds import MAGNITUDES, Span, thresholds, trimmed
 from mergekit_unconstrained.numerics.operators import Expert, Settings, keep, merge, sum_signs
 
@@ -56,13 +49,7 @@ def kept_ranks(n: int, density: float) -> tuple[int, int]:
     return (max(0, n - int(density * n) - 1), n) if density > 0 else (n, n)
 
 
-@merge_method(
-    name="ties_global",
-    pretty_name="TIES-Merging, trimmed over the whole model",
-    reference_url=CATALOG["ties_global"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("ties_global", "TIES-Merging, trimmed over the whole model")
 def ties_global(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # w_i
@@ -71,9 +58,7 @@ def ties_global(
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (4) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
-    base = group.base.tensor
+    base = base_of(group)
     experts = [
         Expert(e.tensor, weight[e.id], density[e.id], model=str(e.id)) for e in group.non_base
     ]

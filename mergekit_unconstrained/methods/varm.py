@@ -17,33 +17,19 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
 
 
-@merge_method(
-    name="varm",
-    pretty_name="VaRM",
-    reference_url=CATALOG["varm"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("varm", "VaRM")
 def varm(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     granularity: Literal["tensor", "element"] = "tensor",  # Eq. (1) or (2)
     lambda_: Annotated[float, Field(allow_inf_nan=False)] = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eq. (3) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
     experts = [Expert(entry.tensor, 1.0, model=str(entry.id)) for entry in group.non_base]
     settings = Settings("varm", lambda_=lambda_, granularity=granularity)
-    return finish(group, merge(group.base.tensor, experts, settings))
+    return finish(group, merge(base_of(group), experts, settings))

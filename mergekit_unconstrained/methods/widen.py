@@ -18,7 +18,8 @@ Ours: cosines in float64, whose differences from 1 would drown in float32; a col
 C_i = 0 (the code divides by zero); tensors of three and more dimensions are read as first x rest;
 w_i is `weight`.
 
-Cost: two passes over every parent, a sort of the columns, one pass for the sum.
+Cost: two passes over every parent, a sort of the columns, one pass for the sum. Memory, measured
+with N = 2: 8 times the tensor in float32.
 """
 
 from __future__ import annotations
@@ -28,17 +29,10 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
-)
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import role_of
 from mergekit_unconstrained.engine.task_vectors import add, is_finite, task_vectors
+from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.select import stable_order
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -56,8 +50,11 @@ def matrix_vector(
     """D of Eq. (4), [out, in]."""
     M, C = disentangled(t0, d)
     p_M, p_C = (importance(ranks(x), threshold, calibration, M.shape[1]) for x in (M, C))
-    score = weights[:, None] * (p_M + p_C) / 2
-    return torch.einsum("irc,ic->rc", d, score.to(d.dtype))
+    score = (weights[:, None] * (p_M + p_C) / 2).to(d.dtype)
+    merged = torch.zeros_like(d[0])
+    for d_i, score_i in zip(d, score, strict=True):
+        merged.addcmul_(d_i, score_i)
+    return merged
 
 
 def flat_vector(
@@ -105,13 +102,7 @@ def importance(
     return torch.where(above, calibration, torch.softmax(x / unit, dim=0))
 
 
-@merge_method(
-    name="widen",
-    pretty_name="WIDEN",
-    reference_url=CATALOG["widen"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("widen", "WIDEN")
 def widen(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # w_i
@@ -120,9 +111,7 @@ def widen(
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (4) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
-    shape = group.base.tensor.shape
+    shape = base_of(group).shape
     d = task_vectors(group)
     weights = d.new_tensor([weight[entry.id] for entry in group.non_base])
     if not d.numel() or not is_finite(d):  # no ranks among NaN: the sum shows where it is
@@ -130,7 +119,7 @@ def widen(
     elif len(shape) < 2:
         merged = flat_vector(d.reshape(len(d), -1), weights, threshold, calibration)
     else:
-        t0 = group.base.tensor.detach().to(d.dtype).flatten(1)
+        t0 = base_of(group).flatten(1)
         d = d.flatten(2)
         if role_of(group.metadata).kind == "embedding":
             merged = matrix_vector(t0.T, d.mT, weights, threshold, calibration).T

@@ -18,8 +18,8 @@ steps of 1e-5 stop far from the optimum.
 Ours: an expert that did not change a matrix takes no part in it; a start that is the optimum but
 for rounding (one expert alone) is the result. `weight` multiplies d_i before everything else.
 
-Cost: `steps` products of m x n by n x n, and N of n x m by m x n; memory for G, Adam's two moments
-and three more matrices of the tensor's shape, float32.
+Cost: `steps` products of m x n by n x n, and N of n x m by m x n. Memory, measured with N = 2 and
+m = n = 2048: 19 times the tensor in float32, beside the parents; for other tensors next to none.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from mergekit_unconstrained.catalog import CATALOG
-from mergekit_unconstrained.compat import (
-    BasePolicy,
-    InputContract,
-    OptionalTensorPolicy,
-    PerNonBase,
-    TensorGroup,
-    merge_method,
+from mergekit_unconstrained.compat import PerNonBase, TensorGroup
+from mergekit_unconstrained.engine.task_vectors import (
+    add,
+    add_mean,
+    is_finite,
+    may_be_matrix,
+    step_bar,
+    task_vectors,
 )
-from mergekit_unconstrained.engine.task_vectors import add, is_matrix, step_bar, task_vectors
+from mergekit_unconstrained.engine.tensor_method import tensor_method
 from mergekit_unconstrained.numerics.descent import Quadratic, adam
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -62,13 +62,7 @@ def interference(d: torch.Tensor) -> Quadratic:
     return Quadratic(G, R, constant)
 
 
-@merge_method(
-    name="wudi",
-    pretty_name="WUDI-Merging",
-    reference_url=CATALOG["wudi"].url,
-    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
-)
+@tensor_method("wudi", "WUDI-Merging")
 def wudi(
     group: TensorGroup,  # one output tensor: base and experts, any equal shape
     weight: PerNonBase[Finite] = 1.0,  # of an expert's task vector
@@ -77,11 +71,11 @@ def wudi(
     lambda_: Finite = 1.0,  # scales D; `lambda` in a recipe
 ) -> torch.Tensor:
     """Eqs. (1) to (3) for one tensor in float32 or wider; the base's shape and dtype."""
-    if group.base is None or not group.non_base:
-        return group.tensors[0]
+    if not may_be_matrix(group):
+        return add_mean(group, lambda_, weight)
     d = task_vectors(group, weight)
-    if not is_matrix(group, d):
-        return add(group, d.mean(dim=0), lambda_)
+    if not is_finite(d):
+        return add(group, d.mean(dim=0), lambda_)  # which shows where it is not
     loss, start = interference(d), d.sum(dim=0)
     if loss.at_optimum(start):
         return add(group, start, lambda_)

@@ -36,8 +36,20 @@ RANGES: dict[str, Range] = {
 """Numbers of methods that are tuned, and between what."""
 LAYERS = ("bottom", "top", "transition")
 """Counts of layers, up to a quarter of them."""
-OPTIONAL = {"widen": {"threshold": Range(low=0.0, high=3.0)}}
-"""Where a name means something else."""
+OPTIONAL = {
+    "widen": {"threshold": Range(low=0.0, high=3.0)},
+    "nearswap": {"t": Range(low=0.0, high=0.02)},  # a distance of two entries, not a share
+    # Between 0 and 1 even with the default epsilon of 0.15 more or less, as mergekit asks.
+    "della": {"density": Range(low=0.2, high=0.8, start=0.5)},
+    "della_linear": {"density": Range(low=0.2, high=0.8, start=0.5)},
+}
+"""Where a name means something else, or its usual range is refused."""
+SCALED = frozenset(
+    {"dare_exact", "lines", "pcb", "tsvm", "widen"}
+    | {"task_arithmetic", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties"}
+    | {"della_linear"}
+)
+"""Methods whose weights scale all that is added, as `lambda` does, which is not tuned then."""
 NO_MERGE = ("passthrough",)
 
 
@@ -90,9 +102,11 @@ def genome_for(method: MergeMethod, given: Mapping[str, Any], layers: int) -> Ge
     special = OPTIONAL.get(method.spec.name, {})
     parameters = {}
     for spec in method.spec.parameters:
-        found = special.get(spec.name) or range_of(spec, layers)
+        own = special.get(spec.name)
+        found = own or range_of(spec, layers)
         if found is not None and _matters(spec, method, given):
-            parameters[spec.name] = found
+            kept = own is not None and own.start is not None
+            parameters[spec.name] = found if kept else starting_at_default(found, spec)
     if not parameters:
         return None
     return GenomeSettings(parameters=parameters, layers=0, kinds=(), outer="tied")
@@ -108,10 +122,19 @@ def range_of(spec: ParameterSpec, layers: int) -> Range | None:
     return RANGES.get(spec.name)
 
 
+def starting_at_default(found: Range, spec: ParameterSpec) -> Range:
+    """A range whose start is the method's own default, where that is a number."""
+    if spec.required or not isinstance(spec.default, int | float):
+        return found
+    return found.model_copy(update={"start": float(spec.default)})
+
+
 def _matters(spec: ParameterSpec, method: MergeMethod, given: Mapping[str, Any]) -> bool:
     """Whether a parameter does anything: mergekit's task_arithmetic takes a density and lets it."""
     if method.spec.name == "task_arithmetic":
-        return spec.name == "weight"  # lambda only scales the weights
+        return spec.name == "weight"
+    if method.spec.name in SCALED:
+        return spec.name != "lambda"
     if method.spec.name == "layerwise":
         operator = (given.get("parameters") or {}).get("operator", "task_arithmetic")
         return spec.name == "weight" or (spec.name == "density" and "ties" in operator)

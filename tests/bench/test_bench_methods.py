@@ -2,8 +2,9 @@
 
 Prints a table and asserts nothing about time; one run of each. Parameters are those of the recipes
 in recipes/methods/, so iterative methods make all their steps: minutes to hours at 270M.
-MERGEKIT_UNCONSTRAINED_BENCH chooses the size (84M, 270M, tiny),
-MERGEKIT_UNCONSTRAINED_BENCH_METHODS some of the methods, with commas between.
+MERGEKIT_UNCONSTRAINED_BENCH chooses the size (tiny, or 21M, 84M and 270M with 1, 4 and 16 layers of
+one shape), MERGEKIT_UNCONSTRAINED_BENCH_METHODS some of the methods, with commas between.
+Ours run with a memory_budget, which peaks are compared with.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.bench
 
 SIZE = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH", "84M")
 CHOSEN = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_METHODS", "")
+BUDGET = "1GiB"
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "methods").glob("*.yml"))
 MERGEKIT_YAML = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
 
@@ -47,7 +49,7 @@ def test_every_method(
     }
     usual = merge(tmp_path, recipe)
     with capsys.disabled():
-        print(f"\n{SIZE}, 2 experts and base, bf16; whole process, one run")
+        print(f"\n{SIZE}, 2 experts and base, bf16; whole process, one run; memory_budget {BUDGET}")
         print(f"{'':16}{'CPU s':>9}{'MiB':>8}{'CPU':>8}{'MiB':>7}  times task_arithmetic's")
         print(f"{'task_arithmetic':16}{usual.cpu_seconds:9.1f}{usual.peak_mib:8.0f}")
         for path in RECIPES:
@@ -57,7 +59,9 @@ def test_every_method(
             models = [
                 {**model, "model": str(e)} for model, e in zip(own["models"], experts, strict=True)
             ]
-            used = merge(tmp_path, {**own, "base_model": str(base), "models": models})
+            parameters = {**own.get("parameters", {}), "memory_budget": BUDGET}
+            given = {"base_model": str(base), "models": models, "parameters": parameters}
+            used = merge(tmp_path, {**own, **given})
             print(
                 f"{path.stem:16}{used.cpu_seconds:9.1f}{used.peak_mib:8.0f}"
                 f"{used.cpu_seconds / usual.cpu_seconds:8.1f}{used.peak_mib / usual.peak_mib:7.2f}",

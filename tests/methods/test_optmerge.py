@@ -111,6 +111,14 @@ def test_a_frozen_expert_counts_in_the_mean_and_in_k_alone() -> None:
     np.testing.assert_allclose(merge(stacked(d), steps=20, learning_rate=1e-3), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(128, 128), (344, 128), (128, 344)], ids=str)
+def test_rounding_is_no_slope_to_go_down(shape: tuple[int, int]) -> None:
+    """The sum is the optimum when one expert alone has changed; Adam would walk 3e-3 from it."""
+    d = 3e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    merged = merge(torch.stack([d, torch.zeros_like(d)]))
+    assert torch.equal(merged, d)
+
+
 def test_weight_comes_first() -> None:
     d = stacked(vectors(2, 6, 6))
     weighted = merge(d, weight=[2.0, -0.5], steps=10)

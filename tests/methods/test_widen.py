@@ -143,6 +143,14 @@ def test_the_columns_of_an_embedding_are_its_tokens_and_the_head_is_not_turned()
     assert not torch.allclose(turned, merge(tensors))
 
 
+def test_a_merge_measures_columns_from_the_base() -> None:
+    t0, *d = vectors(3, 10, 6)
+    tensors = torch.stack([torch.from_numpy(t) for t in (t0, t0 + d[0], t0 + d[1])])
+    found = merge(tensors).numpy() - t0
+    expected = reference(t0, [t.numpy() - t0 for t in tensors[1:]], [1.0, 1.0], 1.0, 1.0)
+    np.testing.assert_allclose(found, expected, atol=1e-13)
+
+
 def test_weight_and_lambda_scale_what_is_added() -> None:
     base, *d = stacked(vectors(3, 10, 6), torch.float32)
     tensors = torch.stack([base, *(base + d_i for d_i in d)])

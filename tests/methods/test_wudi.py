@@ -38,9 +38,9 @@ def descended(d: list[np.ndarray], steps: int, rate: float) -> np.ndarray:
     return adam(np.sum(d, axis=0), gradient, steps, rate)
 
 
-def merge(d: torch.Tensor, **parameters: Any) -> torch.Tensor:
+def merge(d: torch.Tensor, name: str = NAME, **parameters: Any) -> torch.Tensor:
     tensors = [torch.zeros_like(d[0]), *d]
-    return merge_tensors(tensors, "wudi", base_index=0, name=NAME, parameters=parameters)
+    return merge_tensors(tensors, "wudi", base_index=0, name=name, parameters=parameters)
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (1, 5)], ids=str)
@@ -136,3 +136,5 @@ def test_what_is_no_matrix_of_a_layer_is_averaged(name: str) -> None:
     tensors = [torch.zeros_like(d[0]), *d]
     found = merge_tensors(tensors, "wudi", base_index=0, name=name, parameters={"lambda": 2.0})
     torch.testing.assert_close(found, 2 * d.mean(dim=0))
+    found = merge(d, name=name, weight=[1.0, 0.0, 3.0])
+    torch.testing.assert_close(found, (d[0] + 3 * d[2]) / 3)

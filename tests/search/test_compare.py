@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -21,9 +22,18 @@ from mergekit_unconstrained.evaluation.records import Scored
 from mergekit_unconstrained.hub import comparison
 from mergekit_unconstrained.hub.comparison import Comparison, Entry
 from mergekit_unconstrained.jobs import comparing
-from mergekit_unconstrained.search.contenders import contenders, genome_for, recipe_for, tuned
+from mergekit_unconstrained.search.contenders import (
+    SCALED,
+    contenders,
+    genome_for,
+    recipe_for,
+    tuned,
+)
 from tests.search.conftest import Planted
 
+from mergekit.merge_methods import merge_tensors  # isort: skip
+
+NAME = "model.layers.0.mlp.up_proj.weight"
 METHODS = "layerwise,ties_global,slerp,karcher"
 
 
@@ -134,13 +144,52 @@ def test_a_method_that_fails_leaves_the_others_their_rows(
     assert "varm: failed, of no &#124; use" in (out / "compare.md").read_text()
 
 
+def test_tuning_begins_at_the_methods_own_defaults() -> None:
+    given = {"merge_method": "layerwise", "parameters": {}}
+    starts = {}
+    for name in ("consensus", "widen", "pcb", "optmerge", "ramplus_tl", "lines", "linear", "della"):
+        genome = genome_for(compat.get(name), given, 3)
+        assert genome is not None
+        starts[name] = {k: r.start for k, r in (genome.parameters or {}).items()}
+    assert starts["consensus"] == {"weight": 1.0, "tall_lambda": 0.4, "lambda": 0.3}
+    assert starts["widen"] == {"weight": 1.0, "threshold": 1.0, "calibration": 1.0}
+    assert starts["pcb"]["density"] == 0.1
+    assert starts["optmerge"]["lambda"] == 0.1
+    assert starts["ramplus_tl"] == {"r": 0.1, "alpha": 0.2}
+    assert starts["lines"]["alpha"] == 0.5  # of `auto` and two experts
+    assert starts["linear"] == {"weight": None}  # has no default
+    assert starts["della"]["density"] == 0.5  # mergekit refuses its own default
+
+
+@pytest.mark.parametrize("name", sorted(SCALED))
+def test_lambda_is_not_tuned_where_it_does_what_the_weights_do(name: str) -> None:
+    method, weight = compat.get(name), {"x": 0.3, "y": 0.2}
+    base = torch.zeros(6, 8)
+    experts = [torch.randn(6, 8, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+
+    def merged(**parameters: Any) -> torch.Tensor:
+        torch.manual_seed(0)  # of mergekit's random masks
+        parameters |= {"alpha": 0.5, "beta": 0.3} if name == "lines" else {}
+        tensors, ids = [base, *experts], ["base", "x", "y"]
+        return merge_tensors(
+            tensors, method, ids=ids, base_index=0, name=NAME, parameters=parameters
+        )
+
+    longer = merged(weight=weight, **{"lambda": 2.0})
+    heavier = merged(weight={k: 2 * w for k, w in weight.items()})
+    torch.testing.assert_close(longer, heavier)
+    genome = genome_for(method, {"merge_method": "layerwise", "parameters": {}}, 3)
+    assert "weight" in tuned(genome)
+    assert "lambda" not in tuned(genome)
+
+
 def test_a_dry_run_says_what_would_be_tuned_and_writes_no_table(
     planted: Planted, tmp_path: Path
 ) -> None:
     result = run(planted.file, tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "karcher: nothing to tune" in result.output
-    assert "pcb: weight, density, lambda" in result.output
+    assert "pcb: weight, density" in result.output
     assert "x 16 candidates" in result.output
     assert not (tmp_path / "out" / "compare.md").exists()
 
@@ -198,9 +247,9 @@ def test_a_recipe_has_the_models_that_its_method_takes() -> None:
     [
         ("layerwise", {"weight", "density"}),
         ("task_arithmetic", {"weight"}),
-        ("dare_exact", {"weight", "drop", "lambda"}),
+        ("dare_exact", {"weight", "drop"}),
         ("layer_swap", {"bottom", "top", "transition"}),
-        ("lines", {"weight", "alpha", "beta", "lambda"}),
+        ("lines", {"weight", "alpha", "beta"}),
         ("doge", {"eta", "top", "lambda"}),
         ("karcher", set()),
     ],
