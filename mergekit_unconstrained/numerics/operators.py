@@ -271,6 +271,15 @@ def pieces(base: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def scratch(base: torch.Tensor, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Room for `count` pieces, of which every piece overwrites what the one before left.
+
+    Memory that was in the processor's cache a moment ago; fresh one costs more than the arithmetic.
+    """
+    size = min(CHUNK, base.numel()) if base.device.type == "cpu" else base.numel()
+    return torch.empty((count, size), dtype=dtype, device=base.device).unbind()
+
+
 def as_float(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A boolean mask as zeros and ones."""
     return mask.view(torch.uint8).to(dtype)
@@ -529,20 +538,21 @@ def average_into(
     """
     divisor = _divisor(weights) if normalize else None
     shares = list(weights)
-    space = out if out.dtype == weights.dtype else None
+    total, wide, zeros = scratch(out, 3, weights.dtype)
+    zeros.zero_()
     for piece in pieces(out):
-        total = (
-            space[piece]
-            if space is not None
-            else out.new_empty(out[piece].shape, dtype=weights.dtype)
-        )
-        total.zero_()  # not the first product alone: -0.0 is to become 0.0, as in mergekit
+        target = out[piece]
+        size = len(target)
+        mixed = target if out.dtype == weights.dtype else total[:size]
+        before = zeros[:size]  # so that -0.0 becomes 0.0, as in mergekit
         for tensor, share in zip(tensors, shares, strict=True):
-            total.addcmul_(tensor[piece].to(weights.dtype), share)
+            x = tensor[piece]
+            x = x if x.dtype == mixed.dtype else wide[:size].copy_(x)
+            before = torch.addcmul(before, x, share, out=mixed)
         if divisor is not None:
-            total.div_(divisor)
-        if space is None:
-            out[piece] = total
+            mixed.div_(divisor)
+        if mixed is not target:
+            target.copy_(mixed)
 
 
 def average(
