@@ -33,7 +33,7 @@ class Extreme:
             values.partition(rank)
             self.threshold = values[rank]
             beyond = values[rank:] > self.threshold if largest else values[:rank] < self.threshold
-            self.ties = k - np.count_nonzero(beyond)
+            self.ties = k - int(np.count_nonzero(beyond))
 
     def take(self, values: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Which of the next numbers are chosen, [m] bool, in `out`. Called once for every piece."""
@@ -43,7 +43,7 @@ class Extreme:
         strictly = np.greater if self.largest else np.less
         if self.ties:
             equal = np.equal(values, self.threshold, out=out)
-            found = np.count_nonzero(equal)
+            found = int(np.count_nonzero(equal))
             if found > self.ties:
                 first = np.flatnonzero(equal)[: self.ties]
                 self.ties = 0
@@ -51,7 +51,8 @@ class Extreme:
                 out[first] = True
                 return out
             self.ties -= found
-            strictly = np.greater_equal if self.largest else np.less_equal
+            reaching = np.greater_equal if self.largest else np.less_equal
+            return reaching(values, self.threshold, out=out)
         return strictly(values, self.threshold, out=out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from fractions import Fraction
 from typing import Any
@@ -154,6 +155,8 @@ def test_the_pieces_fit_together(operator: str, monkeypatch: pytest.MonkeyPatch)
     base = torch.randn(23, 31, generator=generator)
     tensors = [base + 0.01 * torch.randn(23, 31, generator=generator) for _ in range(3)]
     settings = Settings(operator, select_topk=0.5, lambda_=0.7)  # type: ignore[arg-type]
+    if operator.startswith("dare"):  # whose norms are summed by pieces
+        settings = dataclasses.replace(settings, rescale="inverse")
     experts = make_experts(tensors)
     whole = merge(base, experts, settings)
     for chunk in (1, 7, 64, 712, 713, 714):
@@ -161,6 +164,23 @@ def test_the_pieces_fit_together(operator: str, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(merge(base, experts, settings), whole, rtol=1e-6, atol=0)
         if chunk % 16 == 0:  # below a vector's length torch may fuse multiply and add
             assert torch.equal(merge(base, experts, settings), whole)
+
+
+@pytest.mark.parametrize("operator", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("chunk", [1, 64, 713])
+def test_norms_are_summed_over_all_pieces(
+    operator: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *tensors = on_a_grid((23, 31), 3)
+    experts = make_experts(tensors, density=0.5)
+    settings = Settings(operator, seed=3, name="w")  # type: ignore[arg-type]
+    monkeypatch.setattr(operators, "CHUNK", chunk)
+    torch.testing.assert_close(
+        merge(base, experts, settings).double(),
+        exactly(base, experts, settings),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("operator", NAMES)
