@@ -131,10 +131,14 @@ def test_double_precision_is_exact_to_its_last_digits(operator: str) -> None:
     torch.testing.assert_close(result, exactly(base, experts, settings), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("operator", NAMES)
-def test_one_rounding_to_the_dtype_of_the_files(operator: str, dtype: torch.dtype) -> None:
+def test_one_rounding_to_the_dtype_of_the_files(
+    operator: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is rounded on the way: the error is half a unit in the last place of the result."""
+    monkeypatch.setattr(operators, "CHUNK", chunk)
     base, *tensors = (t.to(dtype) for t in on_a_grid((9, 11), 3))
     experts = make_experts(tensors)
     settings = Settings(operator)  # type: ignore[arg-type]
