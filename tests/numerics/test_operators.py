@@ -343,11 +343,13 @@ def test_varm_weighs_by_the_squared_change_of_the_tensor() -> None:
     )
 
 
-def test_sce_weighs_alike_what_hardly_moved() -> None:
-    base = torch.zeros(2)
-    experts = [Expert(torch.tensor([3e-4, 0.0]), 1.0), Expert(torch.tensor([1e-4, 0.0]), 1.0)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sce_weighs_alike_what_hardly_moved(dtype: torch.dtype) -> None:
+    """By the mean of the squares: their sum is above 1e-6 here."""
+    base = torch.zeros(100, dtype=dtype)
+    experts = [Expert(torch.full_like(base, x), 1.0) for x in (3e-4, 1e-4)]
     result = merge(base, experts, Settings("sce"))
-    torch.testing.assert_close(result, torch.tensor([2e-4, 0.0]))
+    torch.testing.assert_close(result, torch.full_like(base, 2e-4), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("rescale", ["none", "l1"])
@@ -397,6 +399,23 @@ def test_population_variance_is_exact() -> None:
         torch.testing.assert_close(
             found, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-17
         )
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_variances_of_files_have_the_digits_of_float32(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against torch.var of float64 numbers."""
+    monkeypatch.setattr(operators, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    base, *tensors = (torch.randn(23, 31, generator=generator).to(dtype) for _ in range(4))
+    experts = make_experts(tensors)
+    rows = torch.stack([e.weight * (e.tensor.double() - base.double()) for e in experts])
+    found = operators.variances(base, experts, torch.float32)
+    torch.testing.assert_close(
+        found.double(), rows.var(dim=0, unbiased=False).reshape(-1), rtol=1e-4, atol=1e-9
+    )
 
 
 def test_equal_experts_have_no_variance_at_all() -> None:
