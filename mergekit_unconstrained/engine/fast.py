@@ -189,8 +189,8 @@ _EXACT = "the same bits up to four experts; with more, a sum may differ in its l
 _TIES = f"equal magnitudes: the first one is kept, where mergekit leaves it to chance; {_EXACT}"
 _RANDOM = "the same distribution from other random numbers, which depend on --random-seed, model, "
 _RANDOM += "tensor and entry alone; float32 arithmetic"
-_ACCURATE = "inner products in float64 and one rounding at the end, where mergekit rounds at each "
-_ACCURATE += "step"
+_ACCURATE = "inner products summed in float64 over pieces, and one rounding at the end, where "
+_ACCURATE += "mergekit rounds at each step"
 _RESCALED = "`rescale: true` is computed in float32"
 
 FAST: dict[str, FastKernel] = {
@@ -212,7 +212,7 @@ FAST: dict[str, FastKernel] = {
         _task_vectors("outliers", elect=True),
     ),
     "sce": FastKernel("more accurate", "float32 arithmetic, one rounding at the end", _sce),
-    "slerp": FastKernel("more accurate", "the inner product in float64", _slerp),
+    "slerp": FastKernel("more accurate", "the inner product summed in float64 over pieces", _slerp),
     "nuslerp": FastKernel(
         "more accurate", _ACCURATE, _nuslerp, not_covered="`nuslerp_flatten: false`"
     ),

@@ -6,10 +6,11 @@ with O the base model, or zero where a method has none. SLERP, its kin, the Karc
 Stock all stay in the span of their inputs, so one pass over the tensors gives G and a second one
 the result, however often a method iterates: what it iterates on are n coefficients.
 
-G is summed in float64 over pieces of the offsets, never from differences of inner products of the
-tensors themselves, which cancel. The coefficients are float64, the combination is float32 (float64
-for float64 tensors). mergekit does the same in the tensors' own dtype, over whole tensors at each
-step.
+G is taken of the offsets, never from differences of inner products of the tensors themselves, which
+cancel: float32 over pieces of 65,536 entries (BLAS sums sixty-four partial sums at a time, so that
+eight digits are right), float64 over the pieces. The coefficients are float64, the combination is
+float32; float64 tensors are float64 throughout. mergekit does the same in the tensors' own dtype,
+over whole tensors at each step.
 """
 
 from __future__ import annotations
@@ -20,27 +21,41 @@ import numpy as np
 import torch
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.numerics.operators import pieces
+from mergekit_unconstrained.numerics.operators import pieces, scratch
 
 
+@torch.no_grad()
 def gram(tensors: Sequence[torch.Tensor], origin: torch.Tensor | None = None) -> np.ndarray:
     """G of (1), [n, n] float64. tensors, origin: one shape, any float dtypes."""
+    narrow = all(t.dtype.itemsize <= 4 for t in tensors)
+    total = _gram(tensors, origin, torch.float32 if narrow else torch.float64)
+    if narrow and not np.isfinite(total).all():  # entries above 1e16
+        total = _gram(tensors, origin, torch.float64)
+    return total
+
+
+def _gram(
+    tensors: Sequence[torch.Tensor], origin: torch.Tensor | None, dtype: torch.dtype
+) -> np.ndarray:
     flats = [t.reshape(-1) for t in tensors]
     o = None if origin is None else origin.reshape(-1)
-    # A piece of 16-bit numbers is summed in float32: four digits more than its entries have.
-    dtype = torch.float32 if all(f.dtype.itemsize == 2 for f in flats) else torch.float64
     total = np.zeros((len(flats), len(flats)))
+    *rows, start = scratch(flats[0], len(flats) + 1, dtype)
     for piece in pieces(flats[0]):
-        x = [f[piece].to(dtype) for f in flats]
+        size = len(flats[0][piece])
+        x = [f[piece] for f in flats]
         if o is not None:
-            start = o[piece].to(dtype)
-            x = [x_i - start for x_i in x]
+            s = start[:size].copy_(o[piece])
+            x = [row[:size].copy_(x_i).sub_(s) for row, x_i in zip(rows, x, strict=True)]
+        elif any(x_i.dtype != dtype for x_i in x):
+            x = [row[:size].copy_(x_i) for row, x_i in zip(rows, x, strict=True)]
         for i, x_i in enumerate(x):
             for j in range(i + 1):
                 total[i, j] += float(torch.dot(x_i, x[j]))
     return total + np.tril(total, -1).T
 
 
+@torch.no_grad()
 def combine(
     coefficients: Sequence[float],
     tensors: Sequence[torch.Tensor],
@@ -52,14 +67,23 @@ def combine(
     flats = [t.reshape(-1) for t in tensors]
     o = None if origin is None else origin.reshape(-1)
     out = torch.empty_like(flats[0])
+    mixed, start, offset = scratch(out, 3, dtype)
     for piece in pieces(out):
-        start = None if o is None else o[piece].to(dtype)
-        total = torch.zeros_like(out[piece], dtype=dtype)
-        for flat, c in zip(flats, coefficients, strict=True):
-            x = flat[piece]
+        target = out[piece]
+        size = len(target)
+        total, s, d = (target if out.dtype == dtype else mixed[:size]), start[:size], offset[:size]
+        if o is not None:
+            s.copy_(o[piece])
+        for i, (flat, c) in enumerate(zip(flats, coefficients, strict=True)):
+            x = (d if i else total).copy_(flat[piece])
             # The offset first: small numbers are summed before the large one is added.
-            total.add_(x.to(dtype) if start is None else torch.sub(x, start), alpha=c)
-        out[piece] = total if start is None else total.add_(start)
+            if o is not None:
+                x.sub_(s)
+            total = total.add_(x, alpha=c) if i else x.mul_(c)
+        if o is not None:
+            total.add_(s)
+        if total is not target:
+            target.copy_(total)
     return out.reshape(first.shape)
 
 

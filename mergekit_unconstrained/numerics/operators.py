@@ -49,6 +49,7 @@ import torch
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.numerics import sparsify
 from mergekit_unconstrained.numerics.initial import energy, squared_change
+from mergekit_unconstrained.numerics.masks import Coins
 from mergekit_unconstrained.numerics.select import extreme_mask
 
 OperatorName = Literal[
@@ -207,7 +208,7 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
     if operator.keep == "variance":
         kept, shares = select(base, experts, settings, dtype)
     else:
-        kept = [e.kept or keep(base, e, settings, dtype) for e in experts]
+        kept = keep_all(base, experts, settings, dtype)
     combine = COMBINE[operator.combine]
     if operator.combine == "elect":
         combine = functools.partial(elect, zero_sign=settings.zero_sign)
@@ -222,20 +223,24 @@ def merge(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> 
     if settings.operator == "linear" and settings.lambda_ == 1:
         average_into(out, tensors, shares, normalize)
         return out.reshape(base.shape)
+    start, *rows = scratch(base, len(experts) + 1, dtype)
     for piece in pieces(base):
-        t0 = flat[piece].to(dtype)
+        t0 = widened(flat[piece], start)
         if settings.operator == "linear":
             d = average([t[piece].to(dtype) for t in tensors], shares, normalize)
             d.sub_(t0)
         else:
             terms = [
-                weighted(tensor[piece].to(dtype, copy=True).sub_(t0), expert, k, piece)
-                for tensor, expert, k in zip(tensors, experts, kept, strict=True)
+                weighted(offset(tensor[piece], t0, row), expert, k, piece)
+                for tensor, row, expert, k in zip(tensors, rows, experts, kept, strict=True)
             ]
             d = combine(terms, shares, normalize)
         if settings.lambda_ != 1:
             d.mul_(settings.lambda_)
-        out[piece] = d.add_(t0)
+        if out.dtype == dtype:
+            torch.add(d, t0, out=out[piece])
+        else:
+            out[piece] = d.add_(t0)
     return out.reshape(base.shape)
 
 
@@ -253,14 +258,14 @@ def weighted(term: torch.Tensor, expert: Expert, kept: Kept, piece: slice) -> to
 def sum_signs(base: torch.Tensor, experts: Sequence[Expert], settings: Settings) -> torch.Tensor:
     """The sign of sum_i w_i s_i, 0 for a sum of zero: [n], the flat entries of a tensor."""
     dtype = torch.promote_types(base.dtype, settings.dtype)
-    kept = [e.kept or keep(base, e, settings, dtype) for e in experts]
+    kept = keep_all(base, experts, settings, dtype)
     flat = base.reshape(-1)
     out = torch.zeros(flat.shape, dtype=dtype, device=base.device)
+    start, row = scratch(base, 2, dtype)
     for piece in pieces(base):
-        t0 = flat[piece].to(dtype)
+        t0 = widened(flat[piece], start)
         for e, k in zip(experts, kept, strict=True):
-            d = e.tensor.reshape(-1)[piece].to(dtype, copy=True).sub_(t0)
-            out[piece] += weighted(d, e, k, piece)
+            out[piece] += weighted(offset(e.tensor.reshape(-1)[piece], t0, row), e, k, piece)
     return out.sign_()
 
 
@@ -271,6 +276,26 @@ def pieces(base: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def scratch(base: torch.Tensor, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Room for `count` pieces, of which every piece overwrites what the one before left.
+
+    Memory that was in the processor's cache a moment ago; fresh one costs more than the arithmetic.
+    """
+    size = min(CHUNK, base.numel()) if base.device.type == "cpu" else base.numel()
+    return torch.empty((count, size), dtype=dtype, device=base.device).unbind()
+
+
+def widened(x: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """Some entries in the arithmetic's dtype, which is that of the room (scratch)."""
+    return x if x.dtype == room.dtype else room[: len(x)].copy_(x)
+
+
+def offset(x: torch.Tensor, t0: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """d_i of some entries, from those of T_i and of T0 (widened), written to the room."""
+    d = room[: len(x)]
+    return torch.sub(x, t0, out=d) if x.dtype == d.dtype else d.copy_(x).sub_(t0)
+
+
 def as_float(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A boolean mask as zeros and ones."""
     return mask.view(torch.uint8).to(dtype)
@@ -279,15 +304,27 @@ def as_float(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # -- the first pass: what is kept -----------------------------------------------------------------
 
 
+def keep_all(
+    base: torch.Tensor, experts: Sequence[Expert], settings: Settings, dtype: torch.dtype
+) -> list[Kept]:
+    """`keep` of every expert; random masks are drawn in one pass for all of them."""
+    drawn: dict[int, Kept] = {}
+    if settings.rules.keep == "random":
+        places = [i for i, e in enumerate(experts) if e.kept is None and e.density < 1]
+        found = keep_at_random(base, [experts[i] for i in places], settings, dtype)
+        drawn = dict(zip(places, found, strict=True))
+    return [e.kept or drawn.get(i) or keep(base, e, settings, dtype) for i, e in enumerate(experts)]
+
+
 def keep(base: torch.Tensor, expert: Expert, settings: Settings, dtype: torch.dtype) -> Kept:
     """Which entries of the task vector d_i the operator keeps, and by what they are rescaled."""
     operator = settings.rules
     if operator.keep == "all" or expert.density >= 1:
         return Kept()
+    if operator.keep == "random":
+        return keep_at_random(base, [expert], settings, dtype)[0]
     rescale = operator.rescale if settings.rescale is None else settings.rescale
     keys = {"tensor": settings.name, "model": expert.model}
-    if operator.keep == "random":
-        return keep_at_random(base, expert, settings, rescale, dtype)
     size = magnitudes(base, expert.tensor, dtype)
     size = size if base.ndim else size.reshape(1)
     if operator.keep == "magnitude":
@@ -303,33 +340,33 @@ def keep(base: torch.Tensor, expert: Expert, settings: Settings, dtype: torch.dt
 
 
 def keep_at_random(
-    base: torch.Tensor,
-    expert: Expert,
-    settings: Settings,
-    rescale: sparsify.Rescale,
-    dtype: torch.dtype,
-) -> Kept:
+    base: torch.Tensor, experts: Sequence[Expert], settings: Settings, dtype: torch.dtype
+) -> list[Kept]:
     """`keep` for random masks: drawn, compared and summed while a piece is in the cache."""
-    flat, other = base.reshape(-1), expert.tensor.reshape(-1)
-    mask = torch.empty(flat.shape, dtype=torch.bool)
-    draw = sparsify.RandomMask(
-        expert.density, seed=settings.seed, tensor=settings.name, model=expert.model
-    )
-    before = after = 0.0
+    rescale = settings.rules.rescale if settings.rescale is None else settings.rescale
+    flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
+    kept = [torch.empty(flat.shape, dtype=torch.bool) for _ in experts]
+    coins = [
+        Coins(e.density, seed=settings.seed, tensor=settings.name, model=e.model) for e in experts
+    ]
+    before, after = [0.0] * len(experts), [0.0] * len(experts)
+    start, row, share = scratch(base, 3, dtype)
     for piece in pieces(base):
-        draw.into(mask[piece])
-        if rescale == "l1":
-            d = torch.sub(other[piece].to(dtype), flat[piece].to(dtype)).abs_()
-            before += float(d.sum(dtype=torch.float64))
-            after += float(
-                d.mul_(as_float(mask[piece].to(d.device), dtype)).sum(dtype=torch.float64)
-            )
-    factor = 1.0
+        for coin, mask in zip(coins, kept, strict=True):
+            coin.toss(mask[piece].numpy())
+        if rescale != "l1":
+            continue
+        t0 = widened(flat[piece], start)
+        for i, (tensor, mask) in enumerate(zip(tensors, kept, strict=True)):
+            d = offset(tensor[piece], t0, row).abs_()
+            before[i] += float(d.sum())
+            after[i] += float(torch.dot(d, share[: len(d)].copy_(mask[piece].view(torch.uint8))))
+    factors = [1.0] * len(experts)
     if rescale == "l1":
-        factor = sparsify.l1_factor(before, after)
-    elif rescale == "inverse" and expert.density > 0:
-        factor = 1.0 / expert.density
-    return Kept(mask.to(base.device), factor)
+        factors = [sparsify.l1_factor(b, a) for b, a in zip(before, after, strict=True)]
+    elif rescale == "inverse":
+        factors = [1.0 / e.density if e.density > 0 else 1.0 for e in experts]
+    return [Kept(m.to(base.device), f) for m, f in zip(kept, factors, strict=True)]
 
 
 def keep_between(
@@ -357,8 +394,9 @@ def magnitudes(base: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> 
     """|d_i| in full, of the base's shape."""
     flat, other = base.reshape(-1), tensor.reshape(-1)
     out = torch.empty(flat.shape, dtype=dtype, device=base.device)
+    (start,) = scratch(base, 1, dtype)
     for piece in pieces(base):
-        torch.sub(other[piece].to(dtype), flat[piece].to(dtype), out=out[piece]).abs_()
+        offset(other[piece], widened(flat[piece], start), out[piece]).abs_()
     return out.reshape(base.shape)
 
 
@@ -373,40 +411,71 @@ def select(
     (mergekit's rules).
     """
     published = settings.rules.combine == "erase_exactly"
-    flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
-    squares = torch.empty((len(experts), flat.numel()), dtype=dtype, device=base.device)
-    variance = torch.empty(flat.shape, dtype=dtype, device=base.device)
-    for piece in pieces(base):
-        t0 = flat[piece].to(dtype)
-        d = [
-            t[piece].to(dtype, copy=True).sub_(t0).mul_(e.weight)
-            for t, e in zip(tensors, experts, strict=True)
-        ]
-        for row, d_i in zip(squares, d, strict=True):
-            torch.square(d_i, out=row[piece])
-        if settings.select_topk < 1:
-            variance[piece] = population_variance(d)
     mask = None
     if settings.select_topk < 1:
+        variance = variances(base, experts, dtype)
         count = int(torch.count_nonzero(variance) * settings.select_topk)
         mask = extreme_mask(variance, count, largest=True)
-        squares.mul_(as_float(mask, dtype))
-    means = squares.mean(dim=1)
+    means = mean_squares(base, experts, mask, dtype)
     total = means.sum()
     enough = total > 0 if published else total >= 1e-6
     eta = means / total if enough else torch.full_like(means, 1 / len(experts))
     return [Kept(None if published else mask)] * len(experts), eta
 
 
-def population_variance(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of every entry over the tensors: Welford's recurrence, float64, as inside torch.var.
+def variances(base: torch.Tensor, experts: Sequence[Expert], dtype: torch.dtype) -> torch.Tensor:
+    """Of the w_i d_i of every entry, [n]."""
+    flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
+    out = torch.empty(flat.shape, dtype=dtype, device=base.device)
+    # float64 as inside torch.var; files of 16 bits need no more digits than float32 has.
+    wide = dtype if base.dtype.itemsize == 2 else torch.float64
+    start, *rows = scratch(base, len(experts) + 1, dtype)
+    for piece in pieces(base):
+        t0 = widened(flat[piece], start)
+        d = [
+            offset(tensor[piece], t0, row).mul_(e.weight)
+            for tensor, row, e in zip(tensors, rows, experts, strict=True)
+        ]
+        out[piece] = population_variance(d, wide)
+    return out
+
+
+def mean_squares(
+    base: torch.Tensor, experts: Sequence[Expert], mask: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Of the w_i d_i of every expert, [N]; entries that are not in the mask count as zero."""
+    flat, tensors = base.reshape(-1), [e.tensor.reshape(-1) for e in experts]
+    n, half = flat.numel(), base.dtype.itemsize == 2
+    means = torch.zeros(len(experts), dtype=torch.float64)
+    # Squares of files of more than 16 bits are summed as torch sums a whole tensor: to mergekit's
+    # last bit.
+    squares = torch.empty((0 if half else len(experts), n), dtype=dtype, device=base.device)
+    start, row, share = scratch(base, 3, dtype)
+    for piece in pieces(base):
+        t0 = widened(flat[piece], start)
+        chosen = None if mask is None else share[: len(t0)].copy_(mask[piece].view(torch.uint8))
+        for i, (tensor, expert) in enumerate(zip(tensors, experts, strict=True)):
+            d = offset(tensor[piece], t0, row).mul_(expert.weight)
+            if chosen is not None:
+                d.mul_(chosen)
+            if half:
+                means[i] += torch.dot(d, d).to(means)
+            else:
+                torch.square(d, out=squares[i, piece])
+    return (means / n).to(base.device, dtype) if half else squares.mean(dim=1)
+
+
+def population_variance(
+    tensors: Sequence[torch.Tensor], dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """Of every entry over the tensors: Welford's recurrence in a dtype.
 
     Over whole tensors at a time it takes a thirtieth of the time of torch.var.
     """
-    mean = tensors[0].double()
+    mean = tensors[0].to(dtype, copy=True)
     squares = torch.zeros_like(mean)
     for count, tensor in enumerate(tensors[1:], start=2):
-        d = tensor.double().sub_(mean)
+        d = torch.sub(tensor, mean)
         squares.addcmul_(d, d, value=(count - 1) / count)
         mean.add_(d, alpha=1 / count)
     return squares.div_(len(tensors))
@@ -437,13 +506,13 @@ def elect(
     """Eq. (5): D from the w_i s_i; entries against the elected sign are dropped."""
     elected = elected_sign(terms, zero_sign)
     merged, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-    for term, weight in zip(terms, weights, strict=True):
+    for term, weight in zip(terms, weights.tolist(), strict=True):
         agrees = torch.sign(term).eq_(elected)
-        merged.add_(term.mul_(agrees))
+        merged.addcmul_(agrees, term)
         if normalize:
-            divisor.add_(agrees.mul_(weight))
+            divisor.add_(agrees, alpha=weight)
     if normalize:
-        merged.div_(divisor.add_(divisor.clone().eq_(0)))  # nobody agrees: 0 / 1
+        merged.div_(divisor.add_(torch.eq(divisor, 0, out=elected)))  # nobody agrees: 0 / 1
     return merged
 
 
@@ -466,7 +535,7 @@ def agreeing(terms: list[torch.Tensor], eta: torch.Tensor) -> tuple[torch.Tensor
     """The terms that have the elected sign, weighed by eta_i and added; and the eta_i added."""
     elected = elected_sign(terms)
     merged, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-    for term, share in zip(terms, eta, strict=True):
+    for term, share in zip(terms, eta.tolist(), strict=True):
         agrees = torch.sign(term).eq_(elected).mul_(share)
         merged.add_(term.mul_(agrees))
         divisor.add_(agrees)
@@ -529,20 +598,21 @@ def average_into(
     """
     divisor = _divisor(weights) if normalize else None
     shares = list(weights)
-    space = out if out.dtype == weights.dtype else None
+    total, wide, zeros = scratch(out, 3, weights.dtype)
+    zeros.zero_()
     for piece in pieces(out):
-        total = (
-            space[piece]
-            if space is not None
-            else out.new_empty(out[piece].shape, dtype=weights.dtype)
-        )
-        total.zero_()  # not the first product alone: -0.0 is to become 0.0, as in mergekit
+        target = out[piece]
+        size = len(target)
+        mixed = target if out.dtype == weights.dtype else total[:size]
+        before = zeros[:size]  # so that -0.0 becomes 0.0, as in mergekit
         for tensor, share in zip(tensors, shares, strict=True):
-            total.addcmul_(tensor[piece].to(weights.dtype), share)
+            x = tensor[piece]
+            x = x if x.dtype == mixed.dtype else wide[:size].copy_(x)
+            before = torch.addcmul(before, x, share, out=mixed)
         if divisor is not None:
-            total.div_(divisor)
-        if space is None:
-            out[piece] = total
+            mixed.div_(divisor)
+        if mixed is not target:
+            target.copy_(mixed)
 
 
 def average(

@@ -59,31 +59,16 @@ def kept_span(n: int, density: float, gamma: float) -> tuple[int, int]:
     return first, first + keep
 
 
-class RandomMask:
-    """Each entry with probability `density`, independently (DARE, arXiv 2311.03099, Eq. 2).
-
-    Fills one piece of a tensor after the other; how it is cut makes no difference.
-    """
-
-    def __init__(self, density: float, *, seed: int, tensor: str, model: str) -> None:
-        self._lanes = masks.Lanes(seed=seed, tensor=tensor, model=model)
-        self._threshold = int(masks.thresholds(density))
-
-    def into(self, mask: torch.Tensor) -> None:
-        """The next entries. mask: [n] bool on the CPU."""
-        if self._threshold >= masks.LANES:  # no 32-bit number is that large
-            mask.fill_(True)
-            return
-        lanes = self._lanes.take(mask.numel())
-        np.less(lanes, np.uint32(self._threshold), out=mask.numpy())
-
-
 def random_mask(
     shape: torch.Size, density: float, *, seed: int, tensor: str, model: str
 ) -> torch.Tensor:
-    """A whole tensor's RandomMask. Lives on the CPU."""
+    """Each entry with probability `density`, independently (DARE, arXiv 2311.03099, Eq. 2).
+
+    Lives on the CPU.
+    """
     mask = torch.empty(shape, dtype=torch.bool)
-    RandomMask(density, seed=seed, tensor=tensor, model=model).into(mask.reshape(-1))
+    coins = masks.Coins(density, seed=seed, tensor=tensor, model=model)
+    coins.toss(mask.reshape(-1).numpy())
     return mask
 
 

@@ -117,6 +117,20 @@ def test_identical_to_mergekit_with_a_stable_sort(
     assert torch.equal(ours(name, group, **case), theirs(name, group, **case))
 
 
+@pytest.mark.usefixtures("stable")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("chunk", [1, 96, 1000])
+@pytest.mark.parametrize("name", [n for n, row in FAST.items() if "identical" in row.relation])
+def test_identical_however_a_tensor_is_cut(
+    name: str, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal magnitudes lie on both sides of a cut."""
+    group = group_for(name, dtype, (29, 31) if chunk > 1 else (83,))
+    monkeypatch.setattr(operators, "CHUNK", chunk)
+    for case in CASES[name]:
+        assert torch.equal(ours(name, group, **case), theirs(name, group, **case))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("name", "case"), cases("identical but for ties"))
 def test_where_it_differs_from_mergekit_magnitudes_are_equal(
@@ -221,6 +235,25 @@ def test_without_a_base_the_sphere_is_centred_on_zero() -> None:
         ("linear", {"weight": [0.1, 0.2, 0.3, 0.4]}),
     ):
         torch.testing.assert_close(ours(name, bare, **case), theirs(name, bare, **case))
+
+
+@pytest.mark.parametrize("chunk", [1, 96, 1000])
+@pytest.mark.parametrize("name", ["slerp", "nuslerp", "multislerp", "karcher", "model_stock"])
+def test_inner_products_are_summed_over_all_pieces(
+    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = group_for(name, torch.float32, (29, 31))
+    whole = ours(name, group, **CASES[name][0])
+    monkeypatch.setattr(operators, "CHUNK", chunk)
+    torch.testing.assert_close(ours(name, group, **CASES[name][0]), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e22, 1e30])
+def test_entries_whose_squares_leave_float32(size: float) -> None:
+    group = group_for("slerp", torch.float32)
+    large = TensorGroup.from_tensors([t * size for t in group.tensors], base_index=0)
+    expected = size * ours("slerp", group, t=0.3)
+    torch.testing.assert_close(ours("slerp", large, t=0.3), expected, rtol=1e-5, atol=0)
 
 
 def test_collinear_and_zero_vectors() -> None:

@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_unconstrained.numerics.masks import Lanes, thresholds, uniform_lanes
+from mergekit_unconstrained.numerics import masks
+from mergekit_unconstrained.numerics.masks import (
+    GAMMA,
+    Coins,
+    Lanes,
+    splitmix64,
+    thresholds,
+    uniform_lanes,
+)
 
 KEY = {"seed": 0, "tensor": "model.layers.0.mlp.up_proj.weight", "model": "org/math"}
 N = 200_000
+GAMMA_LESS_1 = int(GAMMA) - 1
 
 
 def lanes(count: int = N, **changes: object) -> np.ndarray:
@@ -27,7 +36,7 @@ def test_the_same_key_gives_the_same_lanes() -> None:
 def test_the_lanes_are_fixed_for_all_time() -> None:
     """Another generator would change every published merge, so it must not come unnoticed."""
     digest = hashlib.sha256(lanes(1001).astype("<u4").tobytes()).hexdigest()
-    assert digest[:16] == "4a937c01b3f9e310"
+    assert digest[:16] == "d77ab1dca19bc620"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,19 @@ def test_the_global_generators_are_neither_read_nor_moved() -> None:
     lanes(64)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
+
+
+def test_the_generator_is_splitmix64() -> None:
+    """The numbers of its authors' reference implementation for the start 1234567."""
+    assert splitmix64(1234567, 1, 5).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert splitmix64(1234567, 3, 2).tolist() == [9817491932198370423, 4593380528125082431]
+    assert splitmix64(2**64 - 1, 1, 3).tolist() == splitmix64(GAMMA_LESS_1, 0, 3).tolist()
 
 
 def test_every_bit_of_a_lane_is_fair() -> None:
@@ -120,3 +142,54 @@ def test_lanes_do_not_depend_on_how_a_tensor_is_cut(pieces: list[int]) -> None:
     whole = uniform_lanes(torch.Size([1000]), **keys)  # type: ignore[arg-type]
     lanes = Lanes(**keys)  # type: ignore[arg-type]
     assert np.array_equal(np.concatenate([lanes.take(n) for n in pieces]), whole)
+    coins, at_once = Coins(0.3, **keys), np.empty(1000, np.bool_)  # type: ignore[arg-type]
+    tossed = [np.empty(n, np.bool_) for n in pieces]
+    for heads in tossed:
+        coins.toss(heads)
+    Coins(0.3, **keys).toss(at_once)  # type: ignore[arg-type]
+    assert np.array_equal(np.concatenate(tossed), at_once)
+
+
+def heads(keep: float, **changes: object) -> np.ndarray:
+    found = np.empty(N, np.bool_)
+    Coins(keep, **{**KEY, **changes}).toss(found)  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("keep", [0.0, 1e-6, 0.001, 0.1, 1 / 3, 0.5, 0.9, 0.999, 1.0])
+def test_coins_have_their_probability(keep: float) -> None:
+    fraction = float(np.mean(heads(keep)))
+    assert abs(fraction - keep) <= 5 * math.sqrt(keep * (1 - keep) / N)
+
+
+def test_coins_are_fixed_for_all_time() -> None:
+    digest = hashlib.sha256(np.packbits(heads(0.3)).tobytes()).hexdigest()
+    assert digest[:16] == "b5d17cf8188b53fc"
+
+
+def test_coins_of_two_models_and_neighbours_are_independent() -> None:
+    first, second = heads(0.3), heads(0.3, model="org/code")
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / math.sqrt(N)
+    for lag in (1, 2, 3, 4, 1024):
+        assert abs(np.corrcoef(first[:-lag], first[lag:])[0, 1]) < 5 / math.sqrt(N)
+
+
+@pytest.mark.parametrize("lane", [0, 1, 0x7FFF, 0x8000, 0xFFFF])
+@pytest.mark.parametrize("more", [0, 1, 0x1234, 0xFFFF])
+@pytest.mark.parametrize("threshold", [1, 0x7FFF0001, 0x80001234, 0x80001235, 0xFFFFFFFF])
+def test_two_lanes_are_one_of_32_bits(
+    lane: int, more: int, threshold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads exactly where lane * 2^16 + more < threshold."""
+
+    class Fixed:
+        def __init__(self, *, model: str, **_: object) -> None:
+            self._value = more if model.endswith("more") else lane
+
+        def take(self, count: int) -> np.ndarray:
+            return np.full(count, self._value, np.uint16)
+
+    monkeypatch.setattr(masks, "Lanes", Fixed)
+    found = np.empty(3, np.bool_)
+    Coins(threshold / 2**32, **KEY).toss(found)  # type: ignore[arg-type]
+    assert found.tolist() == [lane * 2**16 + more < threshold] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from fractions import Fraction
 from typing import Any
@@ -130,10 +131,14 @@ def test_double_precision_is_exact_to_its_last_digits(operator: str) -> None:
     torch.testing.assert_close(result, exactly(base, experts, settings), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("operator", NAMES)
-def test_one_rounding_to_the_dtype_of_the_files(operator: str, dtype: torch.dtype) -> None:
+def test_one_rounding_to_the_dtype_of_the_files(
+    operator: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is rounded on the way: the error is half a unit in the last place of the result."""
+    monkeypatch.setattr(operators, "CHUNK", chunk)
     base, *tensors = (t.to(dtype) for t in on_a_grid((9, 11), 3))
     experts = make_experts(tensors)
     settings = Settings(operator)  # type: ignore[arg-type]
@@ -154,6 +159,8 @@ def test_the_pieces_fit_together(operator: str, monkeypatch: pytest.MonkeyPatch)
     base = torch.randn(23, 31, generator=generator)
     tensors = [base + 0.01 * torch.randn(23, 31, generator=generator) for _ in range(3)]
     settings = Settings(operator, select_topk=0.5, lambda_=0.7)  # type: ignore[arg-type]
+    if operator.startswith("dare"):  # whose norms are summed by pieces
+        settings = dataclasses.replace(settings, rescale="inverse")
     experts = make_experts(tensors)
     whole = merge(base, experts, settings)
     for chunk in (1, 7, 64, 712, 713, 714):
@@ -161,6 +168,23 @@ def test_the_pieces_fit_together(operator: str, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(merge(base, experts, settings), whole, rtol=1e-6, atol=0)
         if chunk % 16 == 0:  # below a vector's length torch may fuse multiply and add
             assert torch.equal(merge(base, experts, settings), whole)
+
+
+@pytest.mark.parametrize("operator", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("chunk", [1, 64, 713])
+def test_norms_are_summed_over_all_pieces(
+    operator: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *tensors = on_a_grid((23, 31), 3)
+    experts = make_experts(tensors, density=0.5)
+    settings = Settings(operator, seed=3, name="w")  # type: ignore[arg-type]
+    monkeypatch.setattr(operators, "CHUNK", chunk)
+    torch.testing.assert_close(
+        merge(base, experts, settings).double(),
+        exactly(base, experts, settings),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("operator", NAMES)
@@ -319,11 +343,13 @@ def test_varm_weighs_by_the_squared_change_of_the_tensor() -> None:
     )
 
 
-def test_sce_weighs_alike_what_hardly_moved() -> None:
-    base = torch.zeros(2)
-    experts = [Expert(torch.tensor([3e-4, 0.0]), 1.0), Expert(torch.tensor([1e-4, 0.0]), 1.0)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sce_weighs_alike_what_hardly_moved(dtype: torch.dtype) -> None:
+    """By the mean of the squares: their sum is above 1e-6 here."""
+    base = torch.zeros(100, dtype=dtype)
+    experts = [Expert(torch.full_like(base, x), 1.0) for x in (3e-4, 1e-4)]
     result = merge(base, experts, Settings("sce"))
-    torch.testing.assert_close(result, torch.tensor([2e-4, 0.0]))
+    torch.testing.assert_close(result, torch.full_like(base, 2e-4), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("rescale", ["none", "l1"])
@@ -373,6 +399,23 @@ def test_population_variance_is_exact() -> None:
         torch.testing.assert_close(
             found, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-17
         )
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_variances_of_files_have_the_digits_of_float32(
+    dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against torch.var of float64 numbers."""
+    monkeypatch.setattr(operators, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    base, *tensors = (torch.randn(23, 31, generator=generator).to(dtype) for _ in range(4))
+    experts = make_experts(tensors)
+    rows = torch.stack([e.weight * (e.tensor.double() - base.double()) for e in experts])
+    found = operators.variances(base, experts, torch.float32)
+    torch.testing.assert_close(
+        found.double(), rows.var(dim=0, unbiased=False).reshape(-1), rtol=1e-4, atol=1e-9
+    )
 
 
 def test_equal_experts_have_no_variance_at_all() -> None:

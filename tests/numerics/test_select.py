@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_unconstrained.numerics.select import extreme_mask, stable_order
+from mergekit_unconstrained.numerics.select import Extreme, extreme_mask, stable_order
 
 
 def chosen_by_sorting(values: list[float], k: int, largest: bool) -> list[bool]:
@@ -37,6 +38,20 @@ def test_exactly_k_entries_are_chosen(k: int, largest: bool, dtype: torch.dtype)
         mask = extreme_mask(magnitudes, k, largest=largest)
         assert int(mask.sum()) == k
         assert mask.tolist() == chosen_by_sorting(magnitudes.tolist(), k, largest)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+@given(tied_values, st.integers(0, 42), st.booleans(), st.integers(1, 9))
+def test_pieces_are_chosen_as_the_whole_is(
+    dtype: type, values: list[float], k: int, largest: bool, step: int
+) -> None:
+    numbers = np.array([4 * v for v in values], dtype)
+    extreme = Extreme(numbers.copy(), min(k, len(numbers)), largest=largest)
+    chosen: list[bool] = []
+    for start in range(0, len(numbers), step):
+        piece = numbers[start : start + step]
+        chosen += extreme.take(piece, np.empty(len(piece), np.bool_)).tolist()
+    assert chosen == chosen_by_sorting(values, k, largest)
 
 
 def test_the_largest_and_the_smallest_rest_share_no_entry_without_ties() -> None:
