@@ -56,14 +56,14 @@ class FastMethod(GroupMergeMethod):
 
 def fast_method(name: str, seed: int) -> FastMethod:
     """The fast variant of a method of FAST, registered with mergekit under a name of its own."""
-    try:
-        method = compat.get(PREFIX + name)
-    except RuntimeError:
-        method = FastMethod(compat.get(name), FAST[name], seed)
-        compat.register(method)
-    assert isinstance(method, FastMethod)
-    method.seed = seed
-    return method
+    if name not in _MADE:  # not asked of mergekit, which would load every plugin to look for it
+        _MADE[name] = FastMethod(compat.get(name), FAST[name], seed)
+        compat.register(_MADE[name])
+    _MADE[name].seed = seed
+    return _MADE[name]
+
+
+_MADE: dict[str, FastMethod] = {}
 
 
 # -- averages and task arithmetic -----------------------------------------------------------------
