@@ -34,7 +34,7 @@ def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     layout = lay_out([Output(n, tuple(t.shape), t.dtype) for n, t in held.items()], 0)
     writer = Writer(tmp_path, layout)
     for name, tensor in sorted(held.items(), reverse=True):
-        writer.write(name, tensor)
+        writer.write(name, [tensor])
         writer.follow()
     (digest,) = writer.finish().items()
     safetensors.torch.save_file(held, tmp_path / "theirs", metadata={"format": "pt"})
@@ -49,7 +49,7 @@ def test_nothing_has_a_final_name_before_the_end(tmp_path: Path) -> None:
     layout = lay_out([Output(n, (4,), torch.float32) for n in "abc"], 16)
     assert [s.name for s in layout.shards][:1] == ["model-00001-of-00003.safetensors"]
     writer = Writer(tmp_path, layout)
-    writer.write("a", torch.ones(4))
+    writer.write("a", [torch.ones(4)])
     assert all(p.name.endswith(".unfinished") for p in tmp_path.iterdir())
     with pytest.raises(AssertionError, match="b was never written"):
         writer.finish()

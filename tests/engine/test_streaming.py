@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.cli import main
-from mergekit_unconstrained.engine import journal, streaming, writer
+from mergekit_unconstrained.engine import journal, streaming, workers, writer
 from mergekit_unconstrained.engine.digest import sha256
 from mergekit_unconstrained.engine.journal import Journal
 from tests.conftest import TinyModels
@@ -271,13 +271,13 @@ def kill(folder: Path, recipe: dict[str, Any], tensors: int) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the tensors that are merged from now on."""
     names: list[str] = []
-    real = streaming._Workers.work
+    real = workers.Workers.work
 
-    def work(self: Any, job: streaming.Job) -> int:
+    def work(self: Any, job: workers.Job) -> int:
         names.append(job.output.name)
         return real(self, job)
 
-    monkeypatch.setattr(streaming._Workers, "work", work)
+    monkeypatch.setattr(workers.Workers, "work", work)
     return names
 
 
