@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -306,10 +307,14 @@ def _jobs(recipe: str | None = None) -> Any:
 
     if recipe is not None:
         read_recipe(recipe)
-    _activate.install()
-    quick_start.prepare()
-    from mergekit_unconstrained import jobs
-
+    gc.disable()  # nothing that is imported is garbage, and looking for some takes a tenth of it
+    try:
+        _activate.install()
+        quick_start.prepare()
+        from mergekit_unconstrained import jobs
+    finally:
+        gc.freeze()
+        gc.enable()
     return jobs
 
 

@@ -353,11 +353,12 @@ class PlannedTask:
 
     def is_skipped(self, present: Container[ModelReference]) -> bool:
         """Whether mergekit leaves the tensor out, since too few models have it."""
+        if not self.output.optional:
+            return False
         models = [m for m in self.merge.model_order if m in present]
         method = get(self.merge.method_name)
         return (
-            self.output.optional
-            and len(models) < len(self.merge.model_order)
+            len(models) < len(self.merge.model_order)
             and method.spec.optional_tensor_policy == OptionalTensorPolicy.BASE_OR_SKIP
             and len(models) < method.spec.contract.min_inputs
             and models != [self.merge.base_model]

@@ -150,7 +150,7 @@ def _layer(name: str) -> str | None:
 
 
 class Input:
-    """One input of one output tensor: read through mergekit's own task, or assembled."""
+    """One input of one output tensor, as mergekit's own task for it would read or assemble it."""
 
     def __init__(self, task: compat.LoadTensor, loader: MappedLoader, model_type: str) -> None:
         self._task = task
@@ -179,13 +179,11 @@ class Input:
 
     def read(self) -> torch.Tensor | None:
         """The tensor, in the recipe's dtype."""
-        if not self._targets:
-            found = self._task.execute()
-        else:
-            found = self._assembled(meta=False)
-            dtype = compat.dtype_from_name(self._task.dtype)
-            found = found if found is None or dtype is None else found.to(dtype)
+        if self.like is None:
+            return None
+        found = self.stored_tensor() if self.has_rows else self._assembled(meta=False)
         if self.is_copied:
+            found = None if found is None else found.to(self.like.dtype)
             self.advise(mmap.MADV_DONTNEED)
         return found
 

@@ -139,14 +139,17 @@ def clear(folder: Path, keep: Container[str] = ()) -> None:
 def _jobs(work: Work, loaders: Mapping[ModelReference, MappedLoader], tokenizer: Any) -> list[Job]:
     """Every tensor of the output, in the order of the base's files."""
     jobs = []
+    parents = {model: (loader, work.types[model]) for model, loader in loaders.items()}
     for task in work.tasks:
-        loads = task.loads
-        if any(model not in loaders for model in loads):
-            raise CannotStreamError("the recipe names a model in a way that cannot be followed")
-        inputs = {m: Input(load, loaders[m], work.types[m]) for m, load in loads.items()}
-        label = max(i.label for i in inputs.values())
-        present = {m: i for m, i in inputs.items() if not i.is_missing}
-        if not present or (len(present) < len(inputs) and not task.output.optional):
+        present, label, count = {}, "", 0
+        for model, load in task.loads.items():
+            if (parent := parents.get(model)) is None:
+                raise CannotStreamError("the recipe names a model in a way that cannot be followed")
+            found = Input(load, *parent)
+            label, count = max(label, found.label), count + 1
+            if not found.is_missing:
+                present[model] = found
+        if not present or (len(present) < count and not task.output.optional):
             raise CannotStreamError(f"{task.output.name} is not in the files of every parent")
         if not task.is_skipped(present):
             jobs.append(Job(task, present, _output(task, present, label, tokenizer)))

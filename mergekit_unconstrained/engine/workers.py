@@ -37,6 +37,8 @@ from mergekit_unconstrained.numerics.operators import BEHIND
 LOG = logging.getLogger(__name__)
 PART = 1 << 20
 """Entries of a part, of a tensor that is merged by parts."""
+BATCH_BYTES = 1 << 18
+"""Bytes of small tensors that a thread is given at a time."""
 WORK_BYTES = 12
 """Bytes an entry that a kernel may take for itself: magnitudes, their partition, a mask ..."""
 WORK_BYTES_EXPERT = 4
@@ -107,15 +109,20 @@ class Workers:
         torch.set_num_threads(1)
         compat.set_loader_options(self.options)
 
-    def work(self, job: Job) -> int:
-        """Read, merge and write one tensor; gives its footprint, which is free again."""
+    def work_all(self, jobs: Sequence[Job]) -> int:
+        """Work on one after the other; gives the footprint that is free again."""
+        for job in jobs:
+            self.work(job)
+        return _footprint(jobs)
+
+    def work(self, job: Job) -> None:
+        """Read, merge and write one tensor."""
         parts = self._whole(job) if job.is_whole else self._parts(job)
         digest = self.writer.write(job.output.name, parts)
         with self._lock:
             self.notes.add(job.output.name, digest)
             self.advance(job.output.bytes)
         self.writer.follow()
-        return job.footprint
 
     def _whole(self, job: Job) -> Iterator[torch.Tensor]:
         read = {m: i.read() for m, i in job.inputs.items()}
@@ -144,8 +151,9 @@ class Workers:
                 one.give_back(rows.start / count, rows.stop / count)
 
     def _merged(self, job: Job, tensors: Tensors, rows: slice | None = None) -> torch.Tensor:
-        moved = {m: t.to(self._device) for m, t in tensors.items()}
-        result = job.task.compute(moved, self.tokenizer)
+        if self._device != "cpu":
+            tensors = {m: t.to(self._device) for m, t in tensors.items()}
+        result = job.task.compute(tensors, self.tokenizer)
         shape, dtype = job.output.shape, job.output.dtype
         if rows is not None:
             shape = (rows.stop - rows.start, *shape[1:])
@@ -199,19 +207,39 @@ def merge_all(
     running: set[Future[int]] = set()
     with _one_torch_thread(), ThreadPoolExecutor(threads, initializer=workers.start) as pool:
         try:
-            for job in jobs:
-                while running and (len(running) > threads or used + job.footprint > budget):
+            for few in _batches(jobs):
+                needed = _footprint(few)
+                while running and (len(running) > threads or used + needed > budget):
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
                     used -= sum(future.result() for future in finished)
-                for one in job.inputs.values():
+                for one in (i for job in few for i in job.inputs.values()):
                     one.advise(mmap.MADV_WILLNEED)
-                used += job.footprint
-                running.add(pool.submit(workers.work, job))
+                used += needed
+                running.add(pool.submit(workers.work_all, few))
             for future in running:
                 future.result()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Small tensors one after the other in one go: passing them between threads takes longer."""
+    few: list[Job] = []
+    filled = 0
+    for job in jobs:
+        few.append(job)
+        filled += job.output.bytes
+        if filled >= BATCH_BYTES:
+            yield few
+            few, filled = [], 0
+    if few:
+        yield few
+
+
+def _footprint(jobs: Sequence[Job]) -> int:
+    """Of tensors that are merged one after the other."""
+    return max(job.footprint for job in jobs)
 
 
 @contextmanager

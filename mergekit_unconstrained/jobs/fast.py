@@ -94,7 +94,7 @@ def _merge(
 ) -> None:
     cache = compat.set_loader_options(options)
     indices = [cache.get(r).index for r in work.types]
-    files = sorted({Path(i.base_path) / f for i in indices for f in i.tensor_paths.values()})
+    files = sorted({Path(i.base_path) / f for i in indices for f in set(i.tensor_paths.values())})
     job = hashlib.sha256(f"{source}\0{options.random_seed}\0fast".encode()).hexdigest()
     total = 0 if options.quiet else sum(f.stat().st_size for f in files) // max(1, len(work.types))
     with staging.staged(out, job, journal.NAME) as partial:
