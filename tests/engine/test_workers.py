@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import mmap
+import os
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +18,11 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
+from mergekit_unconstrained import compat
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.config.recipe import JobOptions
 from mergekit_unconstrained.engine import workers
+from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.source import MappedFile
 from mergekit_unconstrained.engine.workers import Workers
 from mergekit_unconstrained.numerics import operators
@@ -231,3 +238,112 @@ def test_only_whole_pages_of_the_share_are_given_back(tmp_path: Path) -> None:
         (mmap.MADV_DONTNEED, 3 * page, 2 * page),
     ]
     assert json.loads((tmp_path / "x.safetensors").read_bytes()[8:end][: start - 100 - 8])
+
+
+# -- what is under way at a time ------------------------------------------------------------------
+
+
+class Counting:
+    """Workers that only count: what is under way at most, and which jobs are given at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.now = self.peak = self.together = 0
+        self.most = 0
+        self.given: list[list[str]] = []
+
+    def start(self) -> None:
+        pass
+
+    def work_all(self, jobs: Any) -> int:
+        taken = max(job.footprint for job in jobs)
+        with self._lock:
+            self.given.append([job.output.name for job in jobs])
+            self.now, self.together = self.now + taken, self.together + 1
+            self.peak, self.most = max(self.peak, self.now), max(self.most, self.together)
+        time.sleep(0.01)
+        with self._lock:
+            self.now, self.together = self.now - taken, self.together - 1
+        return taken
+
+
+def jobs_of(*footprints: int, size: int = workers.BATCH_BYTES) -> list[Any]:
+    return [
+        SimpleNamespace(
+            footprint=footprint, inputs={}, output=SimpleNamespace(name=str(i), bytes=size)
+        )
+        for i, footprint in enumerate(footprints)
+    ]
+
+
+def under(budget: int | None, *footprints: int, size: int = workers.BATCH_BYTES) -> Counting:
+    counting = Counting()
+    settings = JobOptions(memory_budget=budget)
+    options = compat.MergeOptions(num_threads=3)
+    workers.merge_all(jobs_of(*footprints, size=size), counting, settings, options)  # type: ignore[arg-type]
+    return counting
+
+
+def test_tensors_under_way_stay_within_the_budget_and_use_it() -> None:
+    found = under(100, *[30] * 12)
+    assert (found.peak, found.most) == (90, 3)
+    assert [name for few in found.given for name in few] == [str(i) for i in range(12)]
+    found = under(100, *[60] * 6)
+    assert (found.peak, found.most) == (60, 1)
+    assert under(100, 80, 10, 10, 80, 10, 10, 80).peak <= 100
+
+
+def test_what_is_larger_than_the_budget_is_merged_alone() -> None:
+    found = under(100, 10, 10, 500, 10, 10)
+    assert found.peak == 500
+
+
+def test_without_a_budget_half_of_the_memory_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert under(None, *[1 << 20] * 6).most == 3
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    assert under(None, *[half] * 3).most == 1
+
+
+def test_small_tensors_are_given_out_together_and_count_once() -> None:
+    found = under(100, *[50, 40, 30, 20] * 4, size=workers.BATCH_BYTES // 4)
+    assert [len(few) for few in found.given] == [4] * 4
+    assert found.peak == 100
+
+
+def test_a_footprint_covers_inputs_copies_output_and_work() -> None:
+    def job(**changes: Any) -> workers.Job:
+        like = torch.empty((4, 8), dtype=torch.bfloat16, device="meta")
+        one = {"like": like, "has_rows": True, "is_copied": False, **changes}
+        task = SimpleNamespace(tokenizer=None, truncates=False, is_entrywise=True)
+        inputs = {name: SimpleNamespace(**one) for name in "ab"}
+        return workers.Job(task, inputs, Output("x", (4, 8), torch.float32))  # type: ignore[arg-type]
+
+    work = 32 * (workers.WORK_BYTES + 2 * workers.WORK_BYTES_EXPERT)
+    assert job().footprint == 2 * 64 + 128 + work
+    assert job(is_copied=True).footprint == 4 * 64 + 128 + work
+
+
+def test_tensors_are_merged_in_the_order_of_the_bases_files(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_bytes((tiny_models.base / "config.json").read_bytes())
+    tensors = safetensors.torch.load_file(tiny_models.base / "model.safetensors")
+    names = sorted(tensors)
+    files = {"b.safetensors": names[:20], "a.safetensors": names[20:]}
+    for file, some in files.items():
+        safetensors.torch.save_file({name: tensors[name] for name in some}, base / file)
+    where = {name: file for file, some in files.items() for name in some}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    merged: list[str] = []
+    real = Workers.work
+
+    def work(self: Workers, job: workers.Job) -> None:
+        merged.append(job.output.name)
+        real(self, job)
+
+    monkeypatch.setattr(Workers, "work", work)
+    recipe = recipe_of(TinyModels(base, tiny_models.experts))
+    weights(tmp_path, "out", recipe, "--num-threads", "1")
+    assert merged == [*names[20:], *names[:20]]
