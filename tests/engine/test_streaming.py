@@ -553,7 +553,7 @@ def finished(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_a_model_larger_than_the_budget_merges_within_it(tmp_path: Path) -> None:
-    """Parents of 4 x 84 MB, a budget of 64 MiB; what a merge of two layers needs is taken off."""
+    """Parents of 4 x 84 MB, a budget of 64 MiB; what a merge of two layers takes is taken off."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
     import measure
 
