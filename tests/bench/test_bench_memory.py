@@ -1,4 +1,4 @@
-"""Peak memory of whole commands, ours with --fast and mergekit-yaml without the hook (`make bench`).
+"""Peak memory of whole commands: ours with --fast, mergekit-yaml without the hook (`make bench`).
 
 The peak is split into a process's own memory and its mapped files, and what the same command takes
 for a model of 0.1 M parameters stands beside it: that is the libraries. Size, methods and the file
