@@ -35,7 +35,7 @@ from mergekit_unconstrained.errors import NonFiniteError
 from mergekit_unconstrained.numerics.operators import BEHIND
 
 LOG = logging.getLogger(__name__)
-PART = 1 << 20
+PART = 1 << 21
 """Entries of a part, of a tensor that is merged by parts."""
 BATCH_BYTES = 1 << 18
 """Bytes of small tensors that a thread is given at a time."""
