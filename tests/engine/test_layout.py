@@ -43,6 +43,25 @@ def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     assert digest == ("model.safetensors", hashlib.sha256(written).hexdigest())
 
 
+def test_parts_one_after_the_other_are_the_tensor_and_have_its_hash(tmp_path: Path) -> None:
+    tensor = torch.arange(35, dtype=torch.float32).reshape(7, 5)
+    writer = Writer(tmp_path, lay_out([Output("a", (7, 5), torch.float32)], 0))
+    digest = writer.write("a", (tensor[i : i + 3] for i in range(0, 7, 3)))
+    assert digest == writer.write("a", [tensor])
+    assert writer.recheck({"a": digest}) == {"a"}
+    assert writer.recheck({"a": "0" * 32}) == set()
+    writer.finish()
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "model.safetensors")["a"], tensor)
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+def test_parts_that_are_not_the_planned_tensor_are_refused(tmp_path: Path, rows: int) -> None:
+    writer = Writer(tmp_path, lay_out([Output("a", (7, 5), torch.float32)], 0))
+    with pytest.raises(AssertionError, match="bytes than were planned"):
+        writer.write("a", torch.zeros(rows, 1, 5))
+    writer.close()
+
+
 def test_nothing_has_a_final_name_before_the_end(tmp_path: Path) -> None:
     layout = lay_out([Output(n, (4,), torch.float32) for n in "abc"], 16)
     assert [s.name for s in layout.shards][:1] == ["model-00001-of-00003.safetensors"]
