@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def yaml(
     its methods. --allow-nan and --dry-run set the keys of the recipe's `parameters`. --fast is for
     mergekit's own methods; MERGEKIT_UNCONSTRAINED_FAST=1 asks mergekit-yaml itself for the same.
     """
-    jobs = _jobs()
+    jobs = _jobs(None if mergekit_help else recipe)
     overrides = {k: True for k, v in {"allow_nan": allow_nan, "dry_run": dry_run}.items() if v}
     arguments = ["--help"] if mergekit_help else ctx.args
     jobs.run_recipe(recipe, out, _merge_options(arguments), overrides, fast_kernels=fast)
@@ -73,7 +74,7 @@ def check(ctx: click.Context, recipe: str) -> None:
     status 0 when `mergekit-yaml` would run it, 1 with one line that says what to mend. Takes
     mergekit-yaml's options (--allow-crimes, ...).
     """
-    click.echo(f"{recipe}: all right ({_jobs().check(recipe, _merge_options(ctx.args))})")
+    click.echo(f"{recipe}: all right ({_jobs(recipe).check(recipe, _merge_options(ctx.args))})")
 
 
 @main.command(context_settings=MERGEKIT_OPTIONS)
@@ -85,7 +86,7 @@ def plan(ctx: click.Context, recipe: str, out: Path | None) -> None:
 
     Parents, coefficients or stages, and disk as well. Nothing is written.
     """
-    jobs = _jobs()
+    jobs = _jobs(recipe)
     jobs.show_plan(recipe, out, _merge_options(ctx.args))
 
 
@@ -150,12 +151,15 @@ def coefficients() -> None:
 @click.option("--out", type=click.Path(), help="Write the table here instead of printing it.")
 @click.option("--lora-merge-cache", type=click.Path(), help="Where applied adapters are kept.")
 def init_table(
-    models: tuple[str, ...], start: str, out: str | None, lora_merge_cache: str | None
+    models: tuple[str, ...], start: Any, out: str | None, lora_merge_cache: str | None
 ) -> None:
     """A starting table for BASE and EXPERTs, from their weights alone."""
     if len(models) < 2:
         raise click.UsageError("name the base model and at least one expert")
-    text = _jobs().starting_table(list(models), start, lora_merge_cache)
+    _jobs()
+    from mergekit_unconstrained.jobs import tables
+
+    text = tables.starting_table(list(models), start, lora_merge_cache)
     if out is None:
         click.echo(text, nl=False)
     else:
@@ -172,7 +176,10 @@ def init_table(
 @click.argument("recipe", type=click.Path())
 def show_table(recipe: str) -> None:
     """Print the coefficients that RECIPE resolves to, layer by kind of tensor."""
-    _jobs().show_coefficients(recipe)
+    _jobs(recipe)
+    from mergekit_unconstrained.jobs import tables
+
+    tables.show_coefficients(recipe)
 
 
 @coefficients.command("plot")
@@ -182,7 +189,10 @@ def plot_table(recipe: str, picture: str) -> None:
     """Draw the coefficients that RECIPE resolves to as a heat map (PNG)."""
     if not Path(picture).absolute().parent.is_dir():
         raise click.ClickException(f"there is no folder for {picture}")
-    _jobs().plot_coefficients(recipe, Path(picture))
+    _jobs(recipe)
+    from mergekit_unconstrained.jobs import tables
+
+    tables.plot_coefficients(recipe, Path(picture))
     click.echo(f"wrote {picture}")
 
 
@@ -211,7 +221,7 @@ def _fuse_step(name: str, explanation: str) -> None:
     @click.argument("out", type=click.Path(path_type=Path))
     @click.pass_context
     def step(ctx: click.Context, recipe: str, out: Path) -> None:
-        _jobs().fuse_until(recipe, out, _merge_options(ctx.args), name)
+        _jobs(recipe).fuse_until(recipe, out, _merge_options(ctx.args), name)
 
 
 for _name, _explanation in {
@@ -230,7 +240,7 @@ for _name, _explanation in {
 @click.pass_context
 def fuse_status(ctx: click.Context, recipe: str, out: Path) -> None:
     """Show every stage that RECIPE has begun for OUT: state, time, what came of it."""
-    _jobs().fusion_status(recipe, out, _merge_options(ctx.args))
+    _jobs(recipe).fusion_status(recipe, out, _merge_options(ctx.args))
 
 
 @fuse.command("inspect", context_settings=MERGEKIT_OPTIONS)
@@ -246,7 +256,7 @@ def fuse_inspect(
 
     Needs the stages up to `align`.
     """
-    _jobs().inspect_fusion(recipe, out, _merge_options(ctx.args), row, positions)
+    _jobs(recipe).inspect_fusion(recipe, out, _merge_options(ctx.args), row, positions)
 
 
 @main.command()
@@ -287,14 +297,24 @@ def doctor() -> None:
     describe.print_environment()
 
 
-def _jobs() -> Any:
-    """jobs.py, with the hook in place whatever the environment says."""
+def _jobs(recipe: str | None = None) -> Any:
+    """jobs.py, with the hook in place whatever the environment says.
+
+    recipe: refused here where that can be done before torch and mergekit are imported.
+    """
     from mergekit_unconstrained import _activate, quick_start
+    from mergekit_unconstrained.config.first_look import read_recipe
 
-    _activate.install()
-    quick_start.prepare()
-    from mergekit_unconstrained import jobs
-
+    if recipe is not None:
+        read_recipe(recipe)
+    gc.disable()  # nothing that is imported is garbage, and looking for some takes a tenth of it
+    try:
+        _activate.install()
+        quick_start.prepare()
+        from mergekit_unconstrained import jobs
+    finally:
+        gc.freeze()
+        gc.enable()
     return jobs
 
 

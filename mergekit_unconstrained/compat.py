@@ -324,6 +324,15 @@ class PlannedTask:
         """What a permuted vocabulary is padded to."""
         return getattr(self.merge.gather_tensors, "pad_to_multiple_of", None)
 
+    @property
+    def is_entrywise(self) -> bool:
+        """Whether the method merges every entry by itself, so that parts of a tensor can be merged.
+
+        A method says so by an attribute `entrywise`, a function of the resolved parameters.
+        """
+        says = getattr(get(self.merge.method_name), "entrywise", None)
+        return says is not None and bool(says(self.parameters))
+
     def compute(
         self, tensors: Mapping[ModelReference, torch.Tensor], tokenizer: Any = None
     ) -> torch.Tensor | None:
@@ -344,11 +353,12 @@ class PlannedTask:
 
     def is_skipped(self, present: Container[ModelReference]) -> bool:
         """Whether mergekit leaves the tensor out, since too few models have it."""
+        if not self.output.optional:
+            return False
         models = [m for m in self.merge.model_order if m in present]
         method = get(self.merge.method_name)
         return (
-            self.output.optional
-            and len(models) < len(self.merge.model_order)
+            len(models) < len(self.merge.model_order)
             and method.spec.optional_tensor_policy == OptionalTensorPolicy.BASE_OR_SKIP
             and len(models) < method.spec.contract.min_inputs
             and models != [self.merge.base_model]

@@ -10,6 +10,11 @@ Most of the time in which mergekit starts goes into things that few merges touch
 * a table of transformers' Auto classes (mergekit.common.ARCH_NAME_TO_AUTO_CLS), for which every
   modelling class is imported; needed to apply adapters too. Here it is filled when it is read, by
   the same code of mergekit's.
+* `import networkx`, of which mergekit's own executor needs one function, and `import accelerate`,
+  which reads pickles: as peft.
+* the list of what every file of transformers.models offers, which transformers makes by reading
+  them all, twice, since its cache of 128 folders is too small for its 500. Here it reads them once,
+  and only the end of each.
 
 Nothing else is put off for good. mergekit-yaml itself is left as it is: what it
 imports is none of a plugin's business.
@@ -17,11 +22,15 @@ imports is none of a plugin's business.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +38,7 @@ FUNCTIONS = ("mergekit.architecture.auto", "mergekit.architecture.conversion")
 """Modules of functions that most merges never call (inferred architectures, fused experts)."""
 AUTO = "transformers.models.auto.modeling_auto"
 COMMON = "mergekit.common"
+IMPORTS = "transformers.utils.import_utils"
 ACTIVATIONS = "transformers.activations"
 VALIDATORS = "transformers.utils.type_validators"
 
@@ -37,9 +47,11 @@ def prepare() -> None:
     """Import mergekit.common without what it can do without; nothing when it is loaded already."""
     if COMMON in sys.modules or AUTO in sys.modules:
         return
-    import transformers
+    with _reads_its_files_once():
+        import transformers
 
-    defer("peft")
+    for package in ("peft", "networkx", "accelerate"):
+        defer(package)
     _defer_activations()
     sys.modules[AUTO] = None  # type: ignore[assignment]  # an ImportError, which mergekit expects
     annotates = "PreTrainedModel" not in vars(transformers)
@@ -54,6 +66,54 @@ def prepare() -> None:
     _defer_functions()
     if getattr(common, "ARCH_NAME_TO_AUTO_CLS", None) == {}:
         common.ARCH_NAME_TO_AUTO_CLS = AutoClasses()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _reads_its_files_once() -> Iterator[None]:
+    """While transformers is imported, let its two functions that list its models be quick."""
+    finder = _ImportsFinder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _ImportsFinder(importlib.abc.MetaPathFinder):
+    """Changes IMPORTS as soon as it is executed, in the middle of transformers' own import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != IMPORTS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                hasten(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def hasten(imports: ModuleType) -> None:
+    """Replace two functions of IMPORTS by equal ones, where they are those we know."""
+    names = getattr(imports, "fetch__all__", None)
+    cached = getattr(imports, "create_import_structure_from_path", None)
+    structure = getattr(cached, "__wrapped__", None)
+    if names is None or structure is None:
+        return
+
+    def last_names(content: str) -> Any:
+        # The last line that begins with __all__ counts, and nothing before it.
+        return names(content[content.rfind("\n__all__") + 1 :])
+
+    imports.fetch__all__ = last_names  # type: ignore[attr-defined]
+    unlimited = functools.lru_cache(maxsize=None)(structure)
+    imports.create_import_structure_from_path = unlimited  # type: ignore[attr-defined]
 
 
 class Activations(dict[str, Any]):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.config.first_look import read_recipe
 from tests.conftest import TinyModels
 
 Recipe = dict[str, Any]
@@ -64,6 +67,45 @@ def refused(result: Result, *words: str) -> None:
         assert word in message, f"{word!r} is not in {message!r}"
     assert not Path("out").exists()
     assert not Path("out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "recipe 'recipe.yml' does not exist"),
+        ("merge_method: [", "recipe.yml:1: this is not YAML"),
+        ("- a", "a recipe is a mapping"),
+        ("models: []", "names no `merge_method`"),
+        (
+            "merge_method: layerwise\nmodels:\n- model: ./maths",
+            "recipe.yml:3: models[0].model: the model folder ./maths does not exist",
+        ),
+        (
+            "merge_method: linear\nbase_model: base+/no/adapter",
+            "recipe.yml:2: base_model: the adapter folder /no/adapter does not exist",
+        ),
+    ],
+)
+def test_what_can_be_seen_in_the_recipe_is_refused_before_torch_is_imported(
+    tmp_path: Path, text: str | None, words: str
+) -> None:
+    if text is not None:
+        (tmp_path / "recipe.yml").write_text(text)
+    code = "import sys\nfrom mergekit_unconstrained.cli import main\n"
+    code += "try: main(['yaml', 'recipe.yml', 'out'])\n"
+    code += "except SystemExit: print('torch' in sys.modules, file=sys.stderr)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stderr
+    assert words in " ".join(said.split())
+    assert said.endswith("False\n")
+
+
+@pytest.mark.usefixtures("workplace")
+def test_the_first_look_knows_what_mergekit_makes_of_a_models_name() -> None:
+    text = "merge_method: linear\nmodels:\n- model: ./math@main+./code@main\n- model: org/name\n"
+    Path("recipe.yml").write_text(text)
+    assert len(read_recipe("recipe.yml").data["models"]) == 2
 
 
 def edit_config(model: str, **changes: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_unconstrained.compat import ModelReference
+from mergekit_unconstrained.config.first_look import looks_local, missing
 from mergekit_unconstrained.errors import ModelError
 
 
@@ -200,8 +201,8 @@ def _adapter_files(reference: ModelReference) -> tuple[Path, ...]:
         return ()
     path = Path(reference.lora.path)
     if not path.is_dir():
-        if _looks_local(reference.lora.path):
-            raise ModelError(f"the adapter folder {reference.lora} does not exist")
+        if looks_local(reference.lora.path):
+            raise ModelError(missing("adapter", str(reference.lora)))
         return ()
     if not (path / "adapter_config.json").exists():
         raise ModelError(f"{reference.lora} is not a PEFT adapter: it has no adapter_config.json")
@@ -214,21 +215,14 @@ def _adapter_files(reference: ModelReference) -> tuple[Path, ...]:
     return files
 
 
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") != 1 or "\\" in path
-
-
 def _unreadable(reference: ModelReference, error: Exception) -> ModelError:
     path = Path(reference.model.path)
     if path.is_dir():
         if not (path / "config.json").exists():
             return ModelError(f"{reference} is not a model folder: it has no config.json")
         return ModelError(f"the config.json of {reference} cannot be read: {_first_line(error)}")
-    if _looks_local(reference.model.path):
-        return ModelError(
-            f"the model folder {reference} does not exist (paths are relative to the current "
-            "directory)"
-        )
+    if looks_local(reference.model.path):
+        return ModelError(missing("model", str(reference)))
     return ModelError(
         f"{reference} is neither a folder here nor a readable model on the Hub (mistyped? private "
         f"or gated without a token? offline?): {_first_line(error)}"

@@ -35,6 +35,7 @@ class FastKernel:
     note: str
     kernel: Kernel
     not_covered: str = ""
+    entrywise: bool = False  # whether a tensor can be merged by parts
 
 
 class FastMethod(GroupMergeMethod):
@@ -45,6 +46,11 @@ class FastMethod(GroupMergeMethod):
         self.seed = seed
         self._upstream = upstream
         self._kernel = fast.kernel
+        self._entrywise = fast.entrywise
+
+    def entrywise(self, _: Mapping[str, Any]) -> bool:
+        """Whether a tensor can be merged by parts (compat.PlannedTask.is_entrywise)."""
+        return self._entrywise
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """The merged tensor, by mergekit's own kernel where ours does not cover it."""
@@ -56,14 +62,14 @@ class FastMethod(GroupMergeMethod):
 
 def fast_method(name: str, seed: int) -> FastMethod:
     """The fast variant of a method of FAST, registered with mergekit under a name of its own."""
-    try:
-        method = compat.get(PREFIX + name)
-    except RuntimeError:
-        method = FastMethod(compat.get(name), FAST[name], seed)
-        compat.register(method)
-    assert isinstance(method, FastMethod)
-    method.seed = seed
-    return method
+    if name not in _MADE:  # not asked of mergekit, which would load every plugin to look for it
+        _MADE[name] = FastMethod(compat.get(name), FAST[name], seed)
+        compat.register(_MADE[name])
+    _MADE[name].seed = seed
+    return _MADE[name]
+
+
+_MADE: dict[str, FastMethod] = {}
 
 
 # -- averages and task arithmetic -----------------------------------------------------------------
@@ -194,8 +200,12 @@ _ACCURATE += "mergekit rounds at each step"
 _RESCALED = "`rescale: true` is computed in float32"
 
 FAST: dict[str, FastKernel] = {
-    "linear": FastKernel("bit-identical", "weights that sum to zero are an error", _linear),
-    "task_arithmetic": FastKernel("bit-identical", _EXACT, _task_vectors("all", elect=False)),
+    "linear": FastKernel(
+        "bit-identical", "weights that sum to zero are an error", _linear, entrywise=True
+    ),
+    "task_arithmetic": FastKernel(
+        "bit-identical", _EXACT, _task_vectors("all", elect=False), entrywise=True
+    ),
     "ties": FastKernel(
         "identical but for ties",
         f"{_TIES}; {_RESCALED}",

@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from mergekit_unconstrained import __version__
 
 NAME = "journal.jsonl"
 SYNC_SECONDS = 1.0
@@ -24,6 +26,19 @@ SYNC_SECONDS = 1.0
 
 class JournalError(Exception):
     """A journal that cannot be gone on with; the message says why."""
+
+
+def identity_of(job: str, files: Iterable[Path]) -> dict[str, Any]:
+    """What a merge that is gone on with must share with the one before.
+
+    job: the hash of what is asked for. files: the inputs.
+    """
+    states = {str(f): f.stat() for f in files}
+    return {
+        "the recipe": job,
+        "this package's version": __version__,
+        "inputs": {f: [s.st_size, s.st_mtime_ns] for f, s in states.items()},
+    }
 
 
 def read(path: Path, identity: Mapping[str, Any]) -> dict[str, str]:

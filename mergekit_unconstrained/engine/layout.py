@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import safetensors.torch
 import torch
@@ -30,7 +31,7 @@ class Output:
     dtype: torch.dtype
     label: str = ""
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -126,13 +127,19 @@ def _shard(number: int, name: str, outputs: Sequence[Output]) -> Shard:
 
 
 def _order(outputs: Sequence[Output]) -> list[tuple[str, str]]:
-    """Names in the order in which safetensors itself writes them, with its names of the dtypes."""
-    empty = {o.name: torch.empty(0, dtype=o.dtype) for o in outputs}
-    written = safetensors.torch.save(empty)
+    """Names in the order in which safetensors itself writes them, with its names of the dtypes.
+
+    That is by dtype and then by name; the order and names of the dtypes are read off a file.
+    """
+    one_each = {str(i): torch.empty(0, dtype=d) for i, d in enumerate({o.dtype for o in outputs})}
+    written = safetensors.torch.save(one_each)
     length = int.from_bytes(written[:8], "little")
     found = json.loads(written[8 : 8 + length])
     found.pop("__metadata__", None)
-    return [(name, entry["dtype"]) for name, entry in found.items()]
+    ranks = {one_each[key].dtype: rank for rank, key in enumerate(found)}
+    names = {one_each[key].dtype: entry["dtype"] for key, entry in found.items()}
+    ordered = sorted(outputs, key=lambda o: (ranks[o.dtype], o.name))
+    return [(o.name, names[o.dtype]) for o in ordered]
 
 
 def _index(files: Mapping[str, str], total: int) -> str:

@@ -95,9 +95,10 @@ class MappedFile:
             raw = raw.clone()
         return raw.view(like.dtype).view(like.shape)
 
-    def advise(self, key: str, advice: int) -> None:
-        """Tell the system what becomes of the whole pages of a tensor."""
+    def advise(self, key: str, advice: int, first: float = 0, last: float = 1) -> None:
+        """Tell the system what becomes of the whole pages of a tensor, or of a share of it."""
         start, end = self.span(key)
+        start, end = start + int(first * (end - start)), start + int(last * (end - start))
         start += -start % mmap.PAGESIZE
         end -= end % mmap.PAGESIZE
         if end > start:
@@ -149,7 +150,7 @@ def _layer(name: str) -> str | None:
 
 
 class Input:
-    """One input of one output tensor: read through mergekit's own task, or assembled."""
+    """One input of one output tensor, as mergekit's own task for it would read or assemble it."""
 
     def __init__(self, task: compat.LoadTensor, loader: MappedLoader, model_type: str) -> None:
         self._task = task
@@ -166,7 +167,9 @@ class Input:
         elif like is not None:
             self.stored = tuple(loader.of_layer(task.tensor))
         dtype = compat.dtype_from_name(task.dtype)
-        self.casts = like is not None and dtype not in (None, like.dtype)
+        casts = like is not None and dtype not in (None, like.dtype)
+        self.has_rows = bool(stored)
+        self.is_copied = casts or not stored
         self.like = like if like is None or dtype is None else like.to(dtype)
 
     @property
@@ -176,11 +179,19 @@ class Input:
 
     def read(self) -> torch.Tensor | None:
         """The tensor, in the recipe's dtype."""
-        if not self._targets:
-            return self._task.execute()
-        found = self._assembled(meta=False)
-        dtype = compat.dtype_from_name(self._task.dtype)
-        return found if found is None or dtype is None else found.to(dtype)
+        if self.like is None:
+            return None
+        found = self.stored_tensor() if self.has_rows else self._assembled(meta=False)
+        if self.is_copied:
+            found = None if found is None else found.to(self.like.dtype)
+            self.advise(mmap.MADV_DONTNEED)
+        return found
+
+    def stored_tensor(self) -> torch.Tensor:
+        """The tensor as it is stored, on the file's pages; for one that `has_rows`."""
+        found = self._loader.get_tensor(self.stored[0])
+        assert found is not None
+        return found
 
     def _assembled(self, *, meta: bool) -> torch.Tensor | None:
         files = self._loader.files
@@ -206,6 +217,11 @@ class Input:
         """See MappedFile.advise."""
         for key in self.stored:
             self._loader.files[key].advise(key, advice)
+
+    def give_back(self, first: float, last: float) -> None:
+        """Let the system have the pages between two shares of the stored tensor, 0 to 1."""
+        for key in self.stored:
+            self._loader.files[key].advise(key, mmap.MADV_DONTNEED, first, last)
 
 
 def map_parents(

@@ -1,8 +1,8 @@
 """The streaming merge: mergekit's planned tasks, run tensor by tensor straight into their places.
 
 What is planned, how a tensor is read and what a method does to it are mergekit's own tasks; the
-executor around them is ours. Threads work on tensors, each with one torch thread, in the order in
-which the tensors lie in the base's files; how many are under way at once is bounded by memory.
+executor around them is ours. Here is what there is to do, in the order in which the tensors lie in
+the base's files; workers.py does it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import hashlib
 import logging
 import mmap
 import os
-import threading
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,37 +31,11 @@ from mergekit_unconstrained.engine.journal import Journal, JournalError
 from mergekit_unconstrained.engine.layout import Layout, Output, lay_out
 from mergekit_unconstrained.engine.plan import Plan
 from mergekit_unconstrained.engine.source import CannotStreamError, Input, MappedLoader, map_parents
+from mergekit_unconstrained.engine.workers import Job, Workers, merge_all
 from mergekit_unconstrained.engine.writer import UNFINISHED, Writer, verify
 from mergekit_unconstrained.errors import OutputError
 
 LOG = logging.getLogger(__name__)
-WORK_BYTES = 12
-"""Bytes an entry that a kernel may take for itself: magnitudes, their partition, a mask ..."""
-WORK_BYTES_EXPERT = 4
-"""... and for each expert."""
-
-
-@dataclass
-class Job:
-    """One output tensor with its inputs."""
-
-    task: PlannedTask
-    inputs: dict[ModelReference, Input]
-    output: Output
-
-    @property
-    def in_bytes(self) -> int:
-        """Bytes of the inputs as the kernel gets them."""
-        return sum(i.like.nbytes for i in self.inputs.values() if i.like is not None)
-
-    @property
-    def footprint(self) -> int:
-        """Bytes of memory while the tensor is merged, at most; estimated."""
-        entries = max(
-            (i.like.numel() for i in self.inputs.values() if i.like is not None), default=0
-        )
-        work = entries * (WORK_BYTES + WORK_BYTES_EXPERT * len(self.inputs))
-        return 2 * self.in_bytes + self.output.bytes + work
 
 
 @dataclass(frozen=True)
@@ -168,14 +139,17 @@ def clear(folder: Path, keep: Container[str] = ()) -> None:
 def _jobs(work: Work, loaders: Mapping[ModelReference, MappedLoader], tokenizer: Any) -> list[Job]:
     """Every tensor of the output, in the order of the base's files."""
     jobs = []
+    parents = {model: (loader, work.types[model]) for model, loader in loaders.items()}
     for task in work.tasks:
-        loads = task.loads
-        if any(model not in loaders for model in loads):
-            raise CannotStreamError("the recipe names a model in a way that cannot be followed")
-        inputs = {m: Input(load, loaders[m], work.types[m]) for m, load in loads.items()}
-        label = max(i.label for i in inputs.values())
-        present = {m: i for m, i in inputs.items() if not i.is_missing}
-        if not present or (len(present) < len(inputs) and not task.output.optional):
+        present, label, count = {}, "", 0
+        for model, load in task.loads.items():
+            if (parent := parents.get(model)) is None:
+                raise CannotStreamError("the recipe names a model in a way that cannot be followed")
+            found = Input(load, *parent)
+            label, count = max(label, found.label), count + 1
+            if not found.is_missing:
+                present[model] = found
+        if not present or (len(present) < count and not task.output.optional):
             raise CannotStreamError(f"{task.output.name} is not in the files of every parent")
         if not task.is_skipped(present):
             jobs.append(Job(task, present, _output(task, present, label, tokenizer)))
@@ -239,106 +213,10 @@ def _run(
         notes = Journal(path, identity, new=not done)
         advance(sum(job.output.bytes for job in jobs if job.output.name in done))
         left = [job for job in jobs if job.output.name not in done]
-        _merge_all(left, _Workers(writer, notes, tokenizer, options, advance), whole.job, options)
+        merge_all(left, Workers(writer, notes, tokenizer, options, advance), whole.job, options)
         notes.sync()
         return writer.finish()
     finally:
         writer.close()
         if notes is not None:
             notes.close()
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier merge left in a folder, but for the note that locks it."""
-    for file in folder.iterdir() if folder.exists() else ():
-        if file.is_file() and file.name != "job.json":
-            file.unlink()
-
-
-@dataclass
-class _Workers:
-    """What every thread needs."""
-
-    writer: Writer
-    notes: Journal
-    tokenizer: Any
-    options: MergeOptions
-    advance: Callable[[int], Any]
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        """Called once in every thread."""
-        torch.set_num_threads(1)
-        compat.set_loader_options(self.options)
-
-    def work(self, job: Job) -> int:
-        """Read, merge and write one tensor; gives its footprint, which is free again."""
-        read = {m: i.read() for m, i in job.inputs.items()}
-        device = self.options.device or "cpu"
-        tensors = {m: t.to(device) for m, t in read.items() if t is not None}
-        result = job.task.compute(tensors, self.tokenizer)
-        output = job.output
-        if result is None or (result.shape, result.dtype) != (output.shape, output.dtype):
-            found = "nothing" if result is None else f"{list(result.shape)} {result.dtype}"
-            raise CannotStreamError(
-                f"the method gave {found} for {output.name}, not {list(output.shape)} "
-                f"{output.dtype}"
-            )
-        digest = self.writer.write(output.name, result.cpu())
-        del read, tensors, result
-        for one in job.inputs.values():
-            one.advise(mmap.MADV_DONTNEED)
-        with self._lock:
-            self.notes.add(output.name, digest)
-            self.advance(output.bytes)
-        self.writer.follow()
-        return job.footprint
-
-
-def _merge_all(
-    jobs: Sequence[Job], workers: _Workers, settings: JobOptions, options: MergeOptions
-) -> None:
-    """Merge all tensors, as many at a time as there are threads and memory for."""
-    threads = options.num_threads or os.cpu_count() or 1
-    budget = settings.memory_budget or _half_of_memory()
-    largest = max((job.footprint for job in jobs), default=0)
-    if settings.memory_budget and largest > budget:
-        LOG.warning(
-            "the largest tensor alone takes about %.1f GiB, more than memory_budget; it is merged "
-            "by itself",
-            largest / 2**30,
-        )
-    used = 0
-    running: set[Future[int]] = set()
-    with _one_torch_thread(), ThreadPoolExecutor(threads, initializer=workers.start) as pool:
-        try:
-            for job in jobs:
-                while running and (len(running) > threads or used + job.footprint > budget):
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    used -= sum(future.result() for future in finished)
-                for one in job.inputs.values():
-                    one.advise(mmap.MADV_WILLNEED)
-                used += job.footprint
-                running.add(pool.submit(workers.work, job))
-            for future in running:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Threads work on tensors, so torch needs none of its own: theirs would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -41,14 +41,21 @@ class Writer:
                 good.add(name)
         return good
 
-    def write(self, name: str, tensor: torch.Tensor) -> str:
-        """Write a tensor to its place; gives the hash of its bytes."""
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> str:
+        """Write a tensor, part after part, to its place; gives the hash of its bytes."""
         slot = self.layout.slots[name]
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         shard = self._shards[slot.shard]
-        shard.write(raw.data, slot.start)
+        at = slot.start
+        found = xxhash.xxh3_128()
+        for part in parts:
+            raw = part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            assert at + len(raw) <= slot.end, f"{name} has more bytes than were planned"
+            shard.write(raw, at)
+            found.update(raw)
+            at += len(raw)
+        assert at == slot.end, f"{name} has fewer bytes than were planned"
         shard.done(slot)
-        return xxhash.xxh3_128_hexdigest(raw.data)
+        return found.hexdigest()
 
     def follow(self) -> None:
         """Let the sha256 of all files catch up with what is written, unless another thread does."""

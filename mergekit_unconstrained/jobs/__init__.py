@@ -21,10 +21,9 @@ from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.engine import staging
 from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.jobs import fast, weights, whole_model
+from mergekit_unconstrained.jobs import fast
+from mergekit_unconstrained.jobs.fast import RunMerge
 from mergekit_unconstrained.jobs.recipes import document_of, load_recipe
-from mergekit_unconstrained.jobs.tables import plot_coefficients, show_coefficients, starting_table
-from mergekit_unconstrained.jobs.weights import RunMerge
 
 __all__ = [
     "check",
@@ -32,12 +31,9 @@ __all__ = [
     "fusion_status",
     "inspect_fusion",
     "load_recipe",
-    "plot_coefficients",
     "run",
     "run_recipe",
-    "show_coefficients",
     "show_plan",
-    "starting_table",
 ]
 
 
@@ -105,6 +101,8 @@ def check(path: str, options: MergeOptions) -> str:
         found = job.plan(document, config, method, options)
         job.examine(found)
         return str(found.summary)
+    from mergekit_unconstrained.jobs import whole_model
+
     plan = make_plan(document, config, method, options)
     whole_model.measures_of(plan)
     return (
@@ -122,6 +120,8 @@ def show_plan(path: str, out: Path | None, options: MergeOptions) -> None:
         job = whole_models(method)
         job.show(job.plan(document, config, method, options), out)
     else:
+        from mergekit_unconstrained.jobs import weights
+
         plan = make_plan(document, config, method, options)
         present.print_plan(plan, out, weights.estimate_seconds(plan))
 
@@ -197,6 +197,8 @@ def _run(
     if isinstance(method, compat.ModelMethod):
         whole_models(method).run(run_merge, method, config, out, options, document)
     else:
+        from mergekit_unconstrained.jobs import weights  # it brings the Hub's side
+
         weights.run_job(run_merge, method, config, out, options, document)
 
 

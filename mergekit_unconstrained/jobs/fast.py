@@ -9,15 +9,18 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mergekit_unconstrained import __version__, compat, present
 from mergekit_unconstrained.compat import MergeConfiguration, MergeOptions
 from mergekit_unconstrained.config.recipe import JobOptions
 from mergekit_unconstrained.engine import journal, staging, streaming
 from mergekit_unconstrained.engine.fast import FAST, fast_method
-from mergekit_unconstrained.jobs.weights import RunMerge, merge_identity
 
+RunMerge = Callable[..., Any]
+"""mergekit's `run_merge`."""
 LOG = logging.getLogger(__name__)
 SWITCH = "MERGEKIT_UNCONSTRAINED_FAST"
 
@@ -91,11 +94,11 @@ def _merge(
 ) -> None:
     cache = compat.set_loader_options(options)
     indices = [cache.get(r).index for r in work.types]
-    files = sorted({Path(i.base_path) / f for i in indices for f in i.tensor_paths.values()})
+    files = sorted({Path(i.base_path) / f for i in indices for f in set(i.tensor_paths.values())})
     job = hashlib.sha256(f"{source}\0{options.random_seed}\0fast".encode()).hexdigest()
     total = 0 if options.quiet else sum(f.stat().st_size for f in files) // max(1, len(work.types))
     with staging.staged(out, job, journal.NAME) as partial:
-        identity = merge_identity(job, files)
+        identity = journal.identity_of(job, files)
         with present.byte_progress("merging", total) as advance:
             streaming.merge(work, partial, options, identity, advance)
         if options.write_model_card:

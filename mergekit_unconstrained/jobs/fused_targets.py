@@ -14,7 +14,8 @@ from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent
 from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.fusion.stages import Run
-from mergekit_unconstrained.jobs.weights import RunMerge, merge_into
+from mergekit_unconstrained.jobs.fast import RunMerge
+from mergekit_unconstrained.jobs.weights import merge_into
 
 SHARING = frozenset({"sce", "sce_dense", "varm"})
 """Operators that share out among the experts themselves, and so are published with weights of 1."""

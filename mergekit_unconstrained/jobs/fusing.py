@@ -30,10 +30,11 @@ from mergekit_unconstrained.fusion.stages import Run
 from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, hashed, safe
 from mergekit_unconstrained.hub import fusion_record
 from mergekit_unconstrained.hub.access import check_access
+from mergekit_unconstrained.jobs.fast import RunMerge
 from mergekit_unconstrained.jobs.fused_targets import merge_targets
 from mergekit_unconstrained.jobs.fusion_models import located
 from mergekit_unconstrained.jobs.publishing import Publication, without_keys
-from mergekit_unconstrained.jobs.weights import RunMerge, files_hash
+from mergekit_unconstrained.jobs.weights import files_hash
 from mergekit_unconstrained.present import fusion as display
 from mergekit_unconstrained.present import size
 

@@ -27,9 +27,10 @@ from mergekit_unconstrained.fusion.models import identity_of
 from mergekit_unconstrained.fusion.plan import FusionPlan, Member, MergedGroup
 from mergekit_unconstrained.fusion.workdir import Stage, WorkDir, hashed, safe
 from mergekit_unconstrained.jobs import fusing
+from mergekit_unconstrained.jobs.fast import RunMerge
 from mergekit_unconstrained.jobs.fused_targets import pivot_dtype
 from mergekit_unconstrained.jobs.publishing import Publication, without_keys
-from mergekit_unconstrained.jobs.weights import RunMerge, files_hash, merge_into, run_job
+from mergekit_unconstrained.jobs.weights import files_hash, merge_into, run_job
 from mergekit_unconstrained.present import fusion as display
 
 

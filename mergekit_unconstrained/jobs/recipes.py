@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.document import Document
+from mergekit_unconstrained.config.first_look import read_recipe
 from mergekit_unconstrained.config.recipe import check_recipe
 from mergekit_unconstrained.engine.plan import Plan, make_plan
 from mergekit_unconstrained.errors import RecipeError
@@ -16,11 +17,7 @@ from mergekit_unconstrained.errors import RecipeError
 
 def load_recipe(path: str) -> tuple[Document, MergeConfiguration, MergeMethod]:
     """Read a recipe file for our own commands: one clear error for whatever is wrong with it."""
-    document = Document.read(path)
-    if not isinstance(document.data, dict):
-        document.fail((), "a recipe is a mapping with `merge_method` and `models`")
-    if "merge_method" not in document.data:
-        document.fail((), "names no `merge_method`")
+    document = read_recipe(path)
     method = compat.get(str(document.data["merge_method"]))
     try:
         config = MergeConfiguration.model_validate(document.data)

@@ -11,9 +11,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,11 +33,11 @@ from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
 from mergekit_unconstrained.hub import record
 from mergekit_unconstrained.hub.facts import DataSet
 from mergekit_unconstrained.jobs import whole_model
+from mergekit_unconstrained.jobs.fast import RunMerge
 from mergekit_unconstrained.jobs.publishing import Publication, without_keys
 from mergekit_unconstrained.resources import cache_dir
 
 LOG = logging.getLogger(__name__)
-RunMerge = Callable[..., Any]
 
 
 def estimate_seconds(plan: Plan) -> float:
@@ -165,21 +164,11 @@ def _merge_weights(
 def _stream(folder: Path, plan: Plan, options: MergeOptions) -> Mapping[str, str]:
     """Merge by the engine of this package, with a bar."""
     files = [f for p in (plan.base, *plan.experts) for f in (*p.weight_files, *p.adapter_files)]
-    identity = merge_identity(_recipe_hash(plan), files)
+    identity = journal.identity_of(_recipe_hash(plan), files)
     total = 0 if options.quiet else plan.out_bytes
     work = streaming.Work.of(plan)
     with present.byte_progress("merging", total) as advance:
         return streaming.merge(work, folder, options, identity, advance)
-
-
-def merge_identity(recipe: str, files: Iterable[Path]) -> dict[str, Any]:
-    """What a merge that is gone on with must share with the one before. recipe: its hash."""
-    states = {str(f): f.stat() for f in files}
-    return {
-        "the recipe": recipe,
-        "this package's version": __version__,
-        "inputs": {f: [s.st_size, s.st_mtime_ns] for f, s in states.items()},
-    }
 
 
 def apply_adapters(parents: Sequence[Parent], options: MergeOptions) -> MergeOptions:

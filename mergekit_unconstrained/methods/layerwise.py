@@ -17,8 +17,8 @@ TIES and Breadcrumbs, rho_i is a share of all entries of the expert (engine/thre
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -110,6 +110,19 @@ def layerwise(
         base = base_of(group)
         experts = [trimmed(base, e, settings, _span(operator, e.density, e.gamma)) for e in experts]
     return finish(group, merge(base_of(group), experts, settings))
+
+
+def entrywise(parameters: Mapping[str, Any]) -> bool:
+    """Whether a tensor can be merged by parts: no entry's share depends on the others."""
+    settings = Settings.of("", parameters)
+    rules = settings.rules
+    rescale = rules.rescale if settings.rescale is None else settings.rescale
+    # With thresholds of the whole model, every entry knows by itself whether it is kept.
+    keeps = rules.keep == "all" or (parameters["scope"] == "model" and rescale == "none")
+    return keeps and rules.combine in ("add", "elect")
+
+
+layerwise.entrywise = entrywise
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

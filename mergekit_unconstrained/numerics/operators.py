@@ -40,6 +40,7 @@ a product of bool and float takes torch four times as long.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -269,11 +270,23 @@ def sum_signs(base: torch.Tensor, experts: Sequence[Expert], settings: Settings)
     return out.sign_()
 
 
+class Behind(threading.local):
+    """What a thread is told of the pieces it leaves behind: the entries of the tensor, the end."""
+
+    tell: Callable[[int, int], None] | None = None
+
+
+BEHIND = Behind()
+
+
 def pieces(base: torch.Tensor) -> Iterator[slice]:
     """The flat entries of a tensor, as many at a time as the processor's cache holds well."""
-    step = CHUNK if base.device.type == "cpu" else base.numel()
-    for start in range(0, base.numel(), step):
+    count = base.numel()
+    step = CHUNK if base.device.type == "cpu" else count
+    for start in range(0, count, step):
         yield slice(start, start + step)
+        if BEHIND.tell is not None:
+            BEHIND.tell(count, min(start + step, count))
 
 
 def scratch(base: torch.Tensor, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -26,10 +26,40 @@ SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one finished process took."""
+    """What one finished process took.
+
+    anon_mib, file_mib: its own memory and its mapped files (libraries, inputs) when both together
+    were largest; 0 where the system does not say.
+    """
 
     cpu_seconds: float
     peak_mib: float
+    anon_mib: float = 0.0
+    file_mib: float = 0.0
+
+
+WATCH = """
+import json, os, subprocess, sys, time
+process = subprocess.Popen(sys.argv[2:])
+most = [0, 0]
+while True:
+    try:
+        with open(f"/proc/{process.pid}/status") as stream:
+            lines = dict(line.split(":", 1) for line in stream)
+        now = [int(lines[key].split()[0]) for key in ("RssAnon", "RssFile")]
+        most = max(most, now, key=sum)
+    except (OSError, KeyError):
+        pass
+    done, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if done:
+        break
+    time.sleep(0.004)
+cpu = usage.ru_utime + usage.ru_stime
+found = [os.waitstatus_to_exitcode(status), cpu, usage.ru_maxrss, *most]
+os.write(int(sys.argv[1]), json.dumps(found).encode())
+"""
+"""Runs a command. A process of its own, and a small one: until a new process has become another
+program, Linux counts the memory of the one that started it as its peak."""
 
 
 def usage_of(command: list[str], *, plugins: bool = True, folder: Path | None = None) -> Usage:
@@ -40,17 +70,19 @@ def usage_of(command: list[str], *, plugins: bool = True, folder: Path | None = 
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["MERGEKIT_DISABLE_PLUGINS"] = "" if plugins else "1"
     log = Path(folder or ".") / "bench.log" if folder else Path(os.devnull)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=folder
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    reading, writing = os.pipe()
+    with log.open("wb") as output, os.fdopen(reading) as answer:
+        watched = [sys.executable, "-I", "-S", "-c", WATCH, str(writing), *command]
+        with subprocess.Popen(
+            watched, stdout=output, stderr=output, env=env, cwd=folder, pass_fds=(writing,)
+        ):
+            os.close(writing)
+            status, cpu, peak, anon, file = json.loads(answer.read())
+    if status:
         said = log.read_text()[-2000:] if folder else ""
-        raise RuntimeError(f"{' '.join(command)} failed ({process.returncode}): {said}")
+        raise RuntimeError(f"{' '.join(command)} failed ({status}): {said}")
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit)
+    return Usage(cpu, peak / unit, anon / 2**10, file / 2**10)
 
 
 def interleaved(

@@ -1,4 +1,4 @@
-"""The layout against safetensors' own writer, and the journal's arithmetic."""
+"""The layout against safetensors' own writer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import safetensors.torch
 import torch
 
 from mergekit_unconstrained.config.recipe import read_bytes
-from mergekit_unconstrained.engine import journal
-from mergekit_unconstrained.engine.journal import Journal, JournalError
 from mergekit_unconstrained.engine.layout import Output, lay_out
 from mergekit_unconstrained.engine.writer import Writer
 
@@ -34,7 +32,7 @@ def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     layout = lay_out([Output(n, tuple(t.shape), t.dtype) for n, t in held.items()], 0)
     writer = Writer(tmp_path, layout)
     for name, tensor in sorted(held.items(), reverse=True):
-        writer.write(name, tensor)
+        writer.write(name, [tensor])
         writer.follow()
     (digest,) = writer.finish().items()
     safetensors.torch.save_file(held, tmp_path / "theirs", metadata={"format": "pt"})
@@ -45,73 +43,42 @@ def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     assert digest == ("model.safetensors", hashlib.sha256(written).hexdigest())
 
 
+def test_parts_one_after_the_other_are_the_tensor_and_have_its_hash(tmp_path: Path) -> None:
+    tensor = torch.arange(35, dtype=torch.float32).reshape(7, 5)
+    writer = Writer(tmp_path, lay_out([Output("a", (7, 5), torch.float32)], 0))
+    digest = writer.write("a", (tensor[i : i + 3] for i in range(0, 7, 3)))
+    assert digest == writer.write("a", [tensor])
+    assert writer.recheck({"a": digest}) == {"a"}
+    assert writer.recheck({"a": "0" * 32}) == set()
+    writer.finish()
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "model.safetensors")["a"], tensor)
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+def test_parts_that_are_not_the_planned_tensor_are_refused(tmp_path: Path, rows: int) -> None:
+    writer = Writer(tmp_path, lay_out([Output("a", (7, 5), torch.float32)], 0))
+    with pytest.raises(AssertionError, match="bytes than were planned"):
+        writer.write("a", torch.zeros(rows, 1, 5))
+    writer.close()
+
+
 def test_nothing_has_a_final_name_before_the_end(tmp_path: Path) -> None:
     layout = lay_out([Output(n, (4,), torch.float32) for n in "abc"], 16)
     assert [s.name for s in layout.shards][:1] == ["model-00001-of-00003.safetensors"]
     writer = Writer(tmp_path, layout)
-    writer.write("a", torch.ones(4))
+    writer.write("a", [torch.ones(4)])
     assert all(p.name.endswith(".unfinished") for p in tmp_path.iterdir())
     with pytest.raises(AssertionError, match="b was never written"):
         writer.finish()
     writer.close()
 
 
-IDENTITY: dict[str, Any] = {"the recipe": "r", "inputs": {"a": [10, 1], "b": [20, 2]}}
-
-
-@pytest.mark.parametrize(
-    ("now", "said"),
-    [
-        ({**IDENTITY, "the recipe": "s"}, "the recipe is not what it was"),
-        ({**IDENTITY, "more": 1}, "more is not what it was"),
-        ({"the recipe": "r", "inputs": {"a": [10, 1]}}, "b is no longer an input"),
-        ({"the recipe": "r", "inputs": {**IDENTITY["inputs"], "c": [1, 1]}}, "c is new"),
-        (
-            {"the recipe": "r", "inputs": {"a": [10, 1], "b": [2000, 2]}},
-            "b has changed from 20 to 2,000 bytes",
-        ),
-        ({"the recipe": "r", "inputs": {"a": [10, 3], "b": [20, 2]}}, "a has changed (its time)"),
-    ],
-)
-def test_a_journal_says_what_changed(tmp_path: Path, now: dict[str, Any], said: str) -> None:
-    notes = Journal(tmp_path / "j", IDENTITY, new=True)
-    notes.add("x", "1")
-    notes.close()
-    assert journal.read(tmp_path / "j", IDENTITY) == {"x": "1"}
-    with pytest.raises(JournalError) as error:
-        journal.read(tmp_path / "j", now)
-    assert str(error.value) == said
-
-
-def test_a_journal_cut_at_any_byte_is_a_shorter_journal(tmp_path: Path) -> None:
-    path = tmp_path / "j"
-    notes = Journal(path, IDENTITY, new=True)
-    for i in range(5):
-        notes.add(f"tensor {i}", str(i))
-    notes.close()
-    whole = path.read_bytes()
-    first = whole.index(b"\n") + 1
-    for cut in range(first, len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        found = journal.read(path, IDENTITY)
-        assert list(found) == [f"tensor {i}" for i in range(whole[first:cut].count(b"\n"))]
-        notes = Journal(path, IDENTITY, new=False)
-        notes.add("next", "n")
-        notes.close()
-        assert list(journal.read(path, IDENTITY)) == [*found, "next"]
-
-
-@pytest.mark.parametrize("place", [0, 5, 20, 60, -3])
-def test_a_byte_that_flipped_is_seen(tmp_path: Path, place: int) -> None:
-    path = tmp_path / "j"
-    notes = Journal(path, IDENTITY, new=True)
-    notes.add("x", "1")
-    notes.close()
-    text = bytearray(path.read_bytes())
-    text[place] ^= 1
-    path.write_bytes(bytes(text))
-    with pytest.raises(JournalError, match=r"line [12] of its journal is damaged"):
-        journal.read(path, IDENTITY)
+def test_a_shard_may_be_exactly_as_large_as_is_allowed() -> None:
+    outputs = [Output(n, (4,), torch.float32) for n in "abcd"]
+    assert [len(s.slots) for s in lay_out(outputs, 32).shards] == [2, 2]
+    assert [len(s.slots) for s in lay_out(outputs, 31).shards] == [1, 1, 1, 1]
+    assert [len(s.slots) for s in lay_out(outputs, 48).shards] == [3, 1]
+    assert [len(s.slots) for s in lay_out(outputs, 1).shards] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,257 @@
+"""Tensor by tensor: read, merged, written, noted, by threads with one torch thread each.
+
+The inputs are mapped files, so their pages cost memory while they are mapped, and no longer than
+that: the pages behind a kernel that goes through a tensor by pieces are given back at once, and a
+tensor whose rows can be merged one by one (`entrywise`) is read, merged and written by parts of a
+few MiB. How many tensors are under way at a time is bounded by `memory_budget`.
+
+Devices: `--cuda` moves a tensor or part there, merges it and moves it back, one after the other
+within a thread and side by side between threads; nothing is copied ahead. Not run on a device yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mergekit_unconstrained import compat
+from mergekit_unconstrained.compat import MergeOptions, ModelReference, PlannedTask
+from mergekit_unconstrained.config.recipe import JobOptions
+from mergekit_unconstrained.engine.journal import Journal
+from mergekit_unconstrained.engine.layout import Output
+from mergekit_unconstrained.engine.source import CannotStreamError, Input
+from mergekit_unconstrained.engine.writer import Writer
+from mergekit_unconstrained.errors import NonFiniteError
+from mergekit_unconstrained.numerics.operators import BEHIND
+
+LOG = logging.getLogger(__name__)
+PART = 1 << 21
+"""Entries of a part, of a tensor that is merged by parts."""
+BATCH_BYTES = 1 << 18
+"""Bytes of small tensors that a thread is given at a time."""
+WORK_BYTES = 12
+"""Bytes an entry that a kernel may take for itself: magnitudes, their partition, a mask ..."""
+WORK_BYTES_EXPERT = 4
+"""... and for each expert."""
+
+Tensors = Mapping[ModelReference, torch.Tensor]
+
+
+@dataclass
+class Job:
+    """One output tensor with its inputs."""
+
+    task: PlannedTask
+    inputs: dict[ModelReference, Input]
+    output: Output
+
+    @cached_property
+    def rows(self) -> int:
+        """How many rows (entries of the first axis) are merged at a time; all, or a part of them.
+
+        A part where the method merges each row by itself, and the rows of the inputs are those of
+        the output: the vocabulary is not permuted, nothing is assembled from other tensors.
+        """
+        shape = self.output.shape
+        count = shape[0] if shape else 1
+        entries = self.output.bytes // self.output.dtype.itemsize
+        if entries < 2 * PART or self.task.tokenizer is not None or self.task.truncates:
+            return count
+        likes = [i.like if i.has_rows else None for i in self.inputs.values()]
+        alike = all(like is not None and tuple(like.shape) == shape for like in likes)
+        if not alike or not self.task.is_entrywise:
+            return count
+        return max(1, PART * count // entries)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor is merged in one piece."""
+        return not self.output.shape or self.rows >= self.output.shape[0]
+
+    @cached_property
+    def footprint(self) -> int:
+        """Bytes of memory while the tensor is merged, at most; estimated."""
+        found = [(i.like, i.is_copied) for i in self.inputs.values() if i.like is not None]
+        entries = max((like.numel() for like, _ in found), default=0)
+        # An input counts as it is mapped, and once more where it is copied on reading.
+        read = sum(like.nbytes * (1 + is_copied) for like, is_copied in found)
+        work = entries * (WORK_BYTES + WORK_BYTES_EXPERT * len(found))
+        total = read + self.output.bytes + work
+        return total if self.is_whole else -(-total * self.rows // self.output.shape[0])
+
+
+@dataclass
+class Workers:
+    """What every thread needs."""
+
+    writer: Writer
+    notes: Journal
+    tokenizer: Any
+    options: MergeOptions
+    advance: Callable[[int], Any]
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._device = self.options.device or "cpu"
+
+    def start(self) -> None:
+        """Called once in every thread."""
+        torch.set_num_threads(1)
+        compat.set_loader_options(self.options)
+
+    def work_all(self, jobs: Sequence[Job]) -> int:
+        """Work on one after the other; gives the footprint that is free again."""
+        for job in jobs:
+            self.work(job)
+        return _footprint(jobs)
+
+    def work(self, job: Job) -> None:
+        """Read, merge and write one tensor."""
+        parts = self._whole(job) if job.is_whole else self._parts(job)
+        digest = self.writer.write(job.output.name, parts)
+        with self._lock:
+            self.notes.add(job.output.name, digest)
+            self.advance(job.output.bytes)
+        self.writer.follow()
+
+    def _whole(self, job: Job) -> Iterator[torch.Tensor]:
+        read = {m: i.read() for m, i in job.inputs.items()}
+        with _giving_back(job):
+            result = self._merged(job, {m: t for m, t in read.items() if t is not None})
+        del read
+        yield result
+        for one in job.inputs.values():
+            one.advise(mmap.MADV_DONTNEED)
+
+    def _parts(self, job: Job) -> Iterator[torch.Tensor]:
+        read = {m: i.stored_tensor() for m, i in job.inputs.items()}
+        dtypes = {m: i.like.dtype for m, i in job.inputs.items() if i.like is not None}
+        count = job.output.shape[0]
+        for start in range(0, count, job.rows):
+            rows = slice(start, min(start + job.rows, count))
+            try:
+                result = self._merged(
+                    job, {m: t[rows].to(dtypes[m]) for m, t in read.items()}, rows
+                )
+            except NonFiniteError:  # once more as a whole, for it says how many entries are bad
+                self._merged(job, {m: t.to(dtypes[m]) for m, t in read.items()})
+                raise
+            yield result
+            for one in job.inputs.values():
+                one.give_back(rows.start / count, rows.stop / count)
+
+    def _merged(self, job: Job, tensors: Tensors, rows: slice | None = None) -> torch.Tensor:
+        if self._device != "cpu":
+            tensors = {m: t.to(self._device) for m, t in tensors.items()}
+        result = job.task.compute(tensors, self.tokenizer)
+        shape, dtype = job.output.shape, job.output.dtype
+        if rows is not None:
+            shape = (rows.stop - rows.start, *shape[1:])
+        if result is None or (result.shape, result.dtype) != (shape, dtype):
+            found = "nothing" if result is None else f"{list(result.shape)} {result.dtype}"
+            raise CannotStreamError(
+                f"the method gave {found} for {job.output.name}, not {list(shape)} {dtype}"
+            )
+        return result.cpu()
+
+
+@contextmanager
+def _giving_back(job: Job) -> Iterator[None]:
+    """Give the pages of mapped inputs back behind a kernel that goes through them by pieces."""
+    entries = job.output.bytes // job.output.dtype.itemsize
+    inputs = [i for i in job.inputs.values() if i.has_rows and not i.is_copied]
+    begun = 0
+
+    def passed(count: int, end: int) -> None:
+        nonlocal begun
+        if count != entries:
+            return
+        if end <= begun:  # another pass, from the beginning
+            begun = 0
+        if end - begun >= PART or end == entries:
+            for one in inputs:
+                one.give_back(begun / entries, end / entries)
+            begun = end
+
+    BEHIND.tell = passed if entries >= 2 * PART else None
+    try:
+        yield
+    finally:
+        BEHIND.tell = None
+
+
+def merge_all(
+    jobs: Sequence[Job], workers: Workers, settings: JobOptions, options: MergeOptions
+) -> None:
+    """Merge all tensors, as many at a time as there are threads and memory for."""
+    threads = options.num_threads or os.cpu_count() or 1
+    budget = settings.memory_budget or _half_of_memory()
+    largest = max((job.footprint for job in jobs), default=0)
+    if settings.memory_budget and largest > budget:
+        LOG.warning(
+            "the largest tensor alone takes about %.1f GiB, more than memory_budget; it is merged "
+            "by itself",
+            largest / 2**30,
+        )
+    used = 0
+    running: set[Future[int]] = set()
+    with _one_torch_thread(), ThreadPoolExecutor(threads, initializer=workers.start) as pool:
+        try:
+            for few in _batches(jobs):
+                needed = _footprint(few)
+                while running and (len(running) > threads or used + needed > budget):
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    used -= sum(future.result() for future in finished)
+                for one in (i for job in few for i in job.inputs.values()):
+                    one.advise(mmap.MADV_WILLNEED)
+                used += needed
+                running.add(pool.submit(workers.work_all, few))
+            for future in running:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Small tensors one after the other in one go: passing them between threads takes longer."""
+    few: list[Job] = []
+    filled = 0
+    for job in jobs:
+        few.append(job)
+        filled += job.output.bytes
+        if filled >= BATCH_BYTES:
+            yield few
+            few, filled = [], 0
+    if few:
+        yield few
+
+
+def _footprint(jobs: Sequence[Job]) -> int:
+    """Of tensors that are merged one after the other."""
+    return max(job.footprint for job in jobs)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Threads work on tensors, so torch needs none of its own: theirs would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
