@@ -188,9 +188,9 @@ def test_a_strategy_that_goes_on_is_the_one_that_begins_anew(uniform_first: int)
         for one in (going, anew):
             one.state.reseed_rng(count)
         assert np.array_equal(going.state.ask(), anew.state.ask())
-    others = copy.deepcopy(trials)
-    for trial in others:
-        trial.number += 100
+    others = copy.deepcopy(trials[::-1])  # of another study
+    for number, trial in enumerate(others):
+        trial.number = number + 100
     other = told(genome, settings, others, going)
     assert other.numbers == told(genome, settings, others).numbers
     assert np.array_equal(other.state.mean, told(genome, settings, others).state.mean)
