@@ -206,7 +206,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick(small_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five steps of training each, few questions, nobody's threads changed."""
-    short = tuple(replace(recipe, steps=5) for recipe in RECIPES)
+    short = tuple(replace(recipe, steps=5, rounds=1) for recipe in RECIPES)
     monkeypatch.setattr(script, "RECIPES", short)
     monkeypatch.setattr(script, "Stories", lambda seed: replace(SMALL, seed=seed))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
@@ -220,6 +220,9 @@ def test_the_script_makes_models_and_tasks_and_does_nothing_twice(tmp_path: Path
     result = CliRunner().invoke(script.main, [str(out), "--seed", "5"])
     assert result.exit_code == 0, result.output
     assert "composed" in result.output
+    assert "expert_b has not learnt its own stories in 1 times 5 steps" in " ".join(
+        result.output.split()
+    )
     assert not list(out.glob("*.partial"))
     tensors = {}
     for recipe in RECIPES:
@@ -240,7 +243,7 @@ def test_the_script_makes_models_and_tasks_and_does_nothing_twice(tmp_path: Path
 
 @pytest.mark.usefixtures("small_batches")
 def test_a_model_cut_off_in_training_is_trained_anew_and_alike(tmp_path: Path) -> None:
-    recipe = replace(RECIPES[0], steps=2)
+    recipe = replace(RECIPES[0], steps=2, rounds=1)
 
     def stop(_: int) -> None:
         raise KeyboardInterrupt
@@ -257,6 +260,32 @@ def test_a_model_cut_off_in_training_is_trained_anew_and_alike(tmp_path: Path) -
     assert not (tmp_path / "a" / "base.partial").exists()
     other = make(recipe, replace(SMALL, seed=4), tmp_path / "c")
     assert (other / "model.safetensors").read_bytes() != first
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize(("shares", "needed"), [([0.5, 0.97], 2), ([0.5, 0.6, 0.969], 4)])
+def test_a_model_is_trained_until_it_has_learnt_its_stories_or_its_rounds_are_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: list[float], needed: int
+) -> None:
+    rounds: list[int] = []
+    asked: list[Any] = []
+    left = iter(shares)
+
+    def share_right(_: Any, __: Any, stories: Any) -> float:
+        asked.append(stories)
+        return next(left)
+
+    def train(*arguments: Any) -> None:
+        rounds.append(len(list(islice(arguments[2], 2 * 4))))
+
+    monkeypatch.setattr(stories_models, "share_right", share_right)
+    monkeypatch.setattr(stories_models, "train", train)
+    recipe = replace(RECIPES[0], steps=2)
+    counts: list[int] = []
+    make(recipe, SMALL, tmp_path, counts.append)
+    assert len(rounds) == needed
+    assert sum(counts) == recipe.rounds * 2 * 4
+    assert all(stories == SMALL.held_out["base_skill"]["development"] for stories in asked)
 
 
 def test_a_folder_is_claimed_by_one_seed(tmp_path: Path) -> None:
@@ -301,7 +330,7 @@ def test_a_task_folder_that_is_half_written_is_written_anew(tmp_path: Path) -> N
 def test_greedy_responses_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = make(replace(RECIPES[0], steps=3), SMALL, tmp_path)
+    folder = make(replace(RECIPES[0], steps=3, rounds=1), SMALL, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = SMALL.held_out["verb"]["search"]

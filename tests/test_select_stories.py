@@ -39,7 +39,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stories = Stories()
     write_tasks(stories, folder)
     expert = next(r for r in RECIPES if r.name == "expert_a")
-    for recipe in (*RECIPES, replace(expert, name="novice", steps=expert.steps // 20)):
+    for recipe in (*RECIPES, replace(expert, name="novice", steps=expert.steps // 20, rounds=1)):
         make(recipe, stories, folder)
     torch.set_num_threads(threads)
     torch.manual_seed(1)

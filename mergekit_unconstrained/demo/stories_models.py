@@ -18,9 +18,12 @@ from typing import Any
 import torch
 
 from mergekit_unconstrained.demo.stories_data import Stories, Story
+from mergekit_unconstrained.demo.stories_tasks import share_right
 from mergekit_unconstrained.demo.zoo_models import BATCH, train
 
 END = "</s>"
+LEARNT, LEARNT_FROM = 0.97, "development"
+"""A model has learnt its own stories when it answers that share of those of this split."""
 _HIDDEN = 128
 LLAMA: Mapping[str, Any] = {
     "hidden_size": _HIDDEN,
@@ -39,7 +42,8 @@ LLAMA: Mapping[str, Any] = {
 class Recipe:
     """One model: `steps` of BATCH stories of `families` in `shares`, at the highest rate `rate`.
 
-    parent: the model whose weights it starts from.
+    rounds: as often, with the rate from its highest again, until the first family is LEARNT; so
+    often at most. parent: the model whose weights it starts from.
     """
 
     name: str
@@ -48,13 +52,14 @@ class Recipe:
     steps: int
     rate: float
     parent: str | None = None
+    rounds: int = 1
 
 
 # the experts keep hearing plain stories, or they forget them
 RECIPES = (
-    Recipe("base", ("base_skill",), (1.0,), 1000, 2e-3),
-    Recipe("expert_a", ("verb", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
-    Recipe("expert_b", ("notation", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base"),
+    Recipe("base", ("base_skill",), (1.0,), 1000, 2e-3, rounds=4),
+    Recipe("expert_a", ("verb", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base", rounds=4),
+    Recipe("expert_b", ("notation", "base_skill"), (0.7, 0.3), 250, 5e-4, parent="base", rounds=4),
 )
 
 
@@ -89,13 +94,14 @@ def make(
 ) -> Path:
     """Train a model and write folder/NAME; one that is there already stays as it is.
 
-    Its parent must be in the folder. advance: told how many more stories were read.
+    Its parent must be in the folder. advance: told how many more stories were read, of all that
+    its rounds would take; at the end, those that it did not need too.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     out = folder / recipe.name
     if out.is_dir():
-        advance(recipe.steps * BATCH)
+        advance(recipe.rounds * recipe.steps * BATCH)
         return out
     with torch.random.fork_rng():
         torch.manual_seed(stories.seed)
@@ -111,7 +117,12 @@ def make(
             model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32)
         corpus = stories.corpus(recipe.families, recipe.shares, recipe.name)
         corpus = by_length(corpus, stories.seed)
-        train(model, tokenizer, _counted(corpus, advance), recipe.steps, recipe.rate)
+        asked = stories.held_out[recipe.families[0]][LEARNT_FROM]
+        for left in reversed(range(recipe.rounds)):
+            train(model, tokenizer, _counted(corpus, advance), recipe.steps, recipe.rate)
+            if left and share_right(model, tokenizer, asked) >= LEARNT:
+                advance(left * recipe.steps * BATCH)
+                break
     partial = folder / f"{recipe.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

@@ -102,6 +102,12 @@ def is_right(story: Story, response: str) -> bool:
     return response.endswith(MARK + story.answer)
 
 
+def share_right(model: Any, tokenizer: Any, asked: Sequence[Story]) -> float:
+    """The share of some questions that a model answers right."""
+    said = responses(model, tokenizer, asked)
+    return sum(map(is_right, asked, said)) / len(asked)
+
+
 def scores_of(
     folder: Path, stories: Stories, split: str, advance: Callable[[int], Any] = lambda _: None
 ) -> dict[str, float]:
@@ -113,7 +119,6 @@ def scores_of(
     found = {}
     for family, splits in stories.held_out.items():
         asked = splits[split]
-        said = responses(model, tokenizer, asked)
-        found[family] = sum(map(is_right, asked, said)) / len(asked)
+        found[family] = share_right(model, tokenizer, asked)
         advance(len(asked))
     return found

@@ -23,6 +23,8 @@ from mergekit_unconstrained.evaluation.records import Message
 AUTO = "auto"
 """As `separator`: a newline, unless the prompt ends in white space or is empty."""
 _MARK = "zqanswerqz"
+_KEPT, _SHORT = 8192, 2000
+"""Texts whose tokens are kept, and characters of the longest such text: 150 MB at the very most."""
 
 
 class Pair(NamedTuple):
@@ -58,6 +60,7 @@ class Prompts:
         self._listed = [tokenizer.eos_token_id, *listed]
         self._turn_end: int | None = None
         self._turn_end_sought = False
+        self._encoded: dict[tuple[str, bool], list[int]] = {}
 
     def text(self, messages: Sequence[Message], chat: bool | None, separator: str = AUTO) -> str:
         """The prompt up to where the answer begins; ModelError when there is no template for it."""
@@ -117,6 +120,16 @@ class Prompts:
         return [first]
 
     def _encode(self, text: str, special: bool) -> list[int]:
+        """Tokens of a text. Short ones are kept: a search asks the same ones of every candidate."""
+        key = (text, special)
+        found = self._encoded.get(key)
+        if found is None:
+            found = self._tokens(text, special)
+            if len(text) <= _SHORT and len(self._encoded) < _KEPT:
+                self._encoded[key] = found
+        return list(found)
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
         ids: list[int] = list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
         eos = self._tokenizer.eos_token
         if special and ids and eos and ids[-1] == self._tokenizer.eos_token_id:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mergekit_unconstrained.evaluation.records import Message
 
 if TYPE_CHECKING:
+    from mergekit_unconstrained.evaluation.likelihoods import Found
     from mergekit_unconstrained.evaluation.prompts import Prompts
 
 Advance = Callable[[int], Any]
@@ -51,6 +53,10 @@ class Subject:
     tokenizer: Any
     weights: str = ""
     batch_size: int = 16
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], Found] | None = field(
+        default=None, repr=False
+    )
+    """Likelihoods by the tokens of prompt and answer; None outside of `remembering`."""
 
     @classmethod
     def load(
@@ -73,6 +79,18 @@ class Subject:
 
         ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         return Prompts(self.tokenizer, self.name, ends)
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Ask for no likelihood twice: tasks that measure the same answers in two ways share them.
+
+        The weights must stay as they are inside.
+        """
+        self.known = {}
+        try:
+            yield
+        finally:
+            self.known = None
 
     def generate(
         self,
@@ -127,15 +145,22 @@ class Subject:
         """log p(answer | prompt). end: with the end of turn behind the answer; else `generate`."""
         from mergekit_unconstrained.evaluation.likelihoods import log_likelihoods
 
-        found = log_likelihoods(
+        pairs = [
+            self.prompts.with_answer(messages, answer, chat, end, separator)
+            for messages, answer in zip(prompts, answers, strict=True)
+        ]
+        keys = [(tuple(pair.prompt), tuple(pair.answer)) for pair in pairs]
+        known = {} if self.known is None else self.known
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        advance(len(pairs) - len(missing))
+        read = log_likelihoods(
             self.model,
-            [
-                self.prompts.with_answer(messages, answer, chat, end, separator)
-                for messages, answer in zip(prompts, answers, strict=True)
-            ],
+            [pairs[i] for i in missing],
             batch_size=self.batch_size,
             advance=advance,
         )
+        known.update(zip((keys[i] for i in missing), read, strict=True))
+        found = [known[key] for key in keys]
         return [
             Likelihood(one.nats, one.tokens, len(answer.encode()), one.failure)
             for one, answer in zip(found, answers, strict=True)

@@ -336,6 +336,11 @@ def run_studies(
         studies[name] = study
         if lead:
             study.open()
+        if lead and name == SEARCHED:
+            if not study.trials:
+                with progress("the first candidate", searcher.objective.size) as advance:
+                    study.run(1, searcher.evaluate(name, advance), deadline=deadline)
+            display.print_estimate(plan, study)
         with display.search_bar(LABELS[name], study, budget, searcher.objective.size) as bar:
             while True:
                 if lead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ def print_plan(plan: Any) -> None:
         f"most {examples} examples{limit}",
         highlight=False,
     )
+    console.print("  time       told when the first candidate is scored", highlight=False)
     console.print(f"  memory     {_memory(plan)}", highlight=False)
     for note in notes(plan):
         console.print(f"  [yellow]note[/]       {escape(note)}", highlight=False)
@@ -117,6 +119,24 @@ def print_genome(space: Space, live: LiveMerge) -> None:
     console.print(
         f"  searched   {len(space.genome)} numbers{fixed}; {len(live.held)} tensors are merged for "
         f"every candidate{anew}, {live.fixed} never change",
+        highlight=False,
+    )
+
+
+def print_estimate(plan: Any, study: Study) -> None:
+    """How long the candidates will take, by those of the search that were scored in full."""
+    s = plan.settings
+    whole = [f.seconds for f in study.finished if not f.dropped and not f.failure]
+    if not whole:
+        return
+    each = statistics.median(whole)
+    left = s.budget - len(study.finished) + len(s.baselines) * s.budget
+    limit = f" (the search itself ends after {duration(s.time)})" if s.time else ""
+    early = ", and less where some are dropped early" if s.racing.enabled else ""
+    console.print(
+        f"  time       a candidate takes {f'{each:.2g} s' if each < 1 else duration(each)}: the "
+        f"{left} left are {duration(left * each)} at most, this machine as busy as now{early}"
+        f"{limit}; finalists and test split come on top",
         highlight=False,
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Gene:
     called: str = ""
     place: str = ""
 
-    @property
+    @cached_property
     def name(self) -> str:
         """As storages and plots call it: `math weight layers 0-3 attention`."""
         _, parameter, _, kind = self.address

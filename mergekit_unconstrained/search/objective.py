@@ -54,9 +54,10 @@ class Objective:
         self.tasks = [t for t in tasks if split in t.splits() and t.weight > 0]
         self.split = split
         self.examples: dict[str, list[Example]] = {}
-        for index, task in enumerate(self.tasks):
+        for task in self.tasks:
             examples = list(task.examples(split))
-            order = np.random.default_rng((seed, index)).permutation(len(examples))
+            # of their number alone: tasks that measure the same examples read them together
+            order = np.random.default_rng((seed, len(examples))).permutation(len(examples))
             self.examples[task.name] = [examples[i] for i in order]
 
     @property
@@ -124,15 +125,18 @@ class Objective:
         """Mean difference from the best on the examples scored so far, its standard error, and n.
 
         n: examples of the task with the fewest. The error is that of a weighted mean of
-        independent means of paired differences.
+        independent means of paired differences; tasks that measure the same examples are no
+        independent ones, and are added up example by example first.
         """
-        weights = np.array([t.weight for t in self.tasks])
-        weights = weights / weights.sum()
-        mean, variance, least = 0.0, 0.0, min(len(scores[t.name]) for t in self.tasks)
-        for task, weight in zip(self.tasks, weights, strict=True):
+        total = math.fsum(t.weight for t in self.tasks)
+        differences: dict[tuple[str, ...], np.ndarray] = {}
+        for task in self.tasks:
             own = np.asarray(scores[task.name])
             d = own - np.asarray(best[task.name][: len(own)])
-            mean += weight * float(d.mean())
-            if len(d) > 1:
-                variance += weight**2 * float(d.var(ddof=1)) / len(d)
-        return mean, math.sqrt(variance), least
+            asked = tuple(e.digest for e in self.examples[task.name][: len(own)])
+            differences[asked] = differences.get(asked, 0.0) + task.weight / total * d
+        mean = math.fsum(float(d.mean()) for d in differences.values())
+        variance = math.fsum(
+            float(d.var(ddof=1)) / len(d) for d in differences.values() if len(d) > 1
+        )
+        return mean, math.sqrt(variance), min(map(len, differences.values()))

@@ -104,7 +104,8 @@ class Searcher:
         def evaluate(values: Values, best: Scores | None) -> Outcome:
             try:
                 self.live.write(space.candidate(values))
-                return self.objective.score(self.subject, racing, best, advance)
+                with self.subject.remembering():
+                    return self.objective.score(self.subject, racing, best, advance)
             except MissingExtraError:
                 raise
             except (
@@ -127,11 +128,12 @@ class Searcher:
 
     def score_in_full(self, split: Split, tasks: Sequence[Task]) -> dict[str, list[Scored]]:
         """Every example of a split, in the tasks' own order, for the model as it is."""
-        return {
-            task.name: score_examples(self.subject, task, task.examples(split))
-            for task in tasks
-            if split in task.splits()
-        }
+        with self.subject.remembering():
+            return {
+                task.name: score_examples(self.subject, task, task.examples(split))
+                for task in tasks
+                if split in task.splits()
+            }
 
 
 def used_genes(space: Space, live: LiveMerge) -> set[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -162,21 +163,23 @@ def population(genes: int) -> int:
 
 
 def cma(genome: Genome, settings: SearchSettings) -> Draw:
-    """CMA-ES on the unit cube, its state told anew from the finished trials for every candidate.
+    """CMA-ES on the unit cube, its state a function of the finished trials (`told`).
 
     The first candidates are uniform (`uniform_first`).
     """
     first = uniform_count(genome, settings)
+    latest: Told | None = None
 
     def draw(study: optuna.Study, _: FrozenTrial, index: int) -> Mapping[str, float]:
+        nonlocal latest
         if index == 0:
             return genome.start
         seed = seed_of(settings.seed, index)
         if index < first:
             return genome.from_unit(uniform_point(genome, seed))
-        state = replay(genome, settings, counted(study.get_trials(deepcopy=False)))
-        state.reseed_rng(seed)
-        return genome.from_unit(state.ask())
+        latest = told(genome, settings, counted(study.get_trials(deepcopy=False)), latest)
+        latest.state.reseed_rng(seed)
+        return genome.from_unit(latest.state.ask())
 
     return draw
 
@@ -205,37 +208,72 @@ def _uniform_keys(genome: Genome) -> list[tuple[str, str]]:
     return list(dict.fromkeys(g.address[:2] for g in genome.genes))
 
 
+@dataclass(frozen=True)
+class Told:
+    """A strategy after the trials of these numbers; whole: they are finished, the last ones too.
+
+    size: of a generation. restarts: so far.
+    """
+
+    state: CMA | SepCMA
+    numbers: tuple[int, ...]
+    size: int
+    restarts: int
+    whole: bool
+
+
 def replay(genome: Genome, settings: SearchSettings, trials: Sequence[FrozenTrial]) -> CMA | SepCMA:
+    """The strategy after every full generation among the trials."""
+    return told(genome, settings, trials).state
+
+
+def told(
+    genome: Genome,
+    settings: SearchSettings,
+    trials: Sequence[FrozenTrial],
+    before: Told | None = None,
+) -> Told:
     """The strategy after every full generation among the trials.
 
     It starts at the best of the uniform candidates. A generation is a run of `population` indices:
     with several workers a candidate may have been drawn one generation late, which the update
     bears. When it has converged it starts again from a random point with twice the population.
+
+    before: what was told of earlier, used up, where the trials begin with the same ones; the result
+    is the same without it, to the last bit (a copy of a state has another one, and of equal
+    eigenvalues other vectors).
     """
-    size = settings.population or population(len(genome))
-    start, restarts = uniform_count(genome, settings), 0
-    known = [t for t in trials[:start] if math.isfinite(t.user_attrs.get(VALUE, math.nan))]
-    best = max(known, key=lambda t: t.user_attrs[VALUE]).params if known else genome.start
-    mean = genome.to_unit(best)
-    state = _strategy(mean, size, settings)
+    numbers = tuple(t.number for t in trials)
+    if before is None or not before.whole or before.numbers != numbers[: len(before.numbers)]:
+        before = _begun(genome, settings, trials)
+    state, start = before.state, len(before.numbers)
+    size, restarts = before.size, before.restarts
     while start + size <= len(trials):
         generation = trials[start : start + size]
         if not all(t.state.is_finished() for t in generation):
             break
         losses = _losses(generation)
-        told = [
-            (genome.to_unit(t.params), loss) for t, loss in zip(generation, losses, strict=True)
-        ]
-        state.tell(told)
+        state.tell(
+            [(genome.to_unit(t.params), loss) for t, loss in zip(generation, losses, strict=True)]
+        )
         start += size
         if state.should_stop():
             restarts += 1
             size *= 2
-            mean = np.random.default_rng(seed_of(settings.seed, -restarts % 2**32)).random(
-                len(mean)
-            )
-            state = _strategy(mean, size, settings)
-    return state
+            random = np.random.default_rng(seed_of(settings.seed, -restarts % 2**32))
+            state = _strategy(random.random(len(genome)), size, settings)
+    return Told(state, numbers[:start], size, restarts, before.whole)
+
+
+def _begun(genome: Genome, settings: SearchSettings, trials: Sequence[FrozenTrial]) -> Told:
+    """The strategy before its first generation."""
+    size, count = settings.population or population(len(genome)), uniform_count(genome, settings)
+    first = trials[:count]
+    known = [t for t in first if math.isfinite(t.user_attrs.get(VALUE, math.nan))]
+    best = max(known, key=lambda t: t.user_attrs[VALUE]).params if known else genome.start
+    state = _strategy(genome.to_unit(best), size, settings)
+    whole = len(first) == count and all(t.state.is_finished() for t in first)
+    return Told(state, tuple(t.number for t in first), size, 0, whole)
 
 
 def _strategy(mean: np.ndarray, size: int, settings: SearchSettings) -> CMA | SepCMA:

@@ -99,3 +99,35 @@ def test_progress_counts_every_prompt(byte_tokenizer, random_model):
     subject = Subject("m", random_model(), byte_tokenizer(), batch_size=3)
     subject.log_likelihoods(asked(["a", "b", "c", "x" * 200]), ["y"] * 4, advance=told.append)
     assert sum(told) == 4
+
+
+def test_remembering_asks_for_no_answer_twice_and_forgets_at_the_end(byte_tokenizer, random_model):
+    model, tokenizer = random_model(), byte_tokenizer()
+    subject = Subject("m", model, tokenizer)
+    read, ticks = [], []
+    model.register_forward_pre_hook(
+        lambda _, args, given: read.append(len(given["input_ids"])), with_kwargs=True
+    )
+    plain = subject.log_likelihoods(asked(), ANSWERS)
+    with subject.remembering():
+        first = subject.log_likelihoods(asked()[:3], ANSWERS[:3])
+        again = subject.log_likelihoods(asked(), ANSWERS, advance=ticks.append)
+        without_end = subject.log_likelihoods(asked(), ANSWERS, end=False)
+    assert read == [4, 3, 1, 4]
+    assert sum(ticks) == 4
+    assert first == again[:3]
+    assert [one.nats for one in again] == pytest.approx([one.nats for one in plain], rel=1e-12)
+    assert without_end[0].nats > again[0].nats
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    assert subject.log_likelihoods(asked(), ANSWERS)[0].nats != again[0].nats
+
+
+def test_tokens_that_are_kept_are_nobodys_to_change(byte_tokenizer, random_model):
+    subject = Subject("m", random_model(), byte_tokenizer())
+    pair = subject.prompts.with_answer(asked()[0], "b", None, end=True)
+    pair.prompt.append(7)
+    pair.answer.clear()
+    again = subject.prompts.with_answer(asked()[0], "b", None, end=True)
+    assert again.prompt == pair.prompt[:-1]
+    assert len(again.answer) == 2

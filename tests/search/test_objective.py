@@ -104,6 +104,20 @@ def test_the_difference_is_paired_and_its_error_that_of_a_weighted_mean() -> Non
     assert least == 8
 
 
+def test_tasks_of_the_same_examples_are_no_independent_ones() -> None:
+    tasks = [Told("a", 40, weight=3.0), Told("b", 40)]
+    objective = Objective(tasks, "search", 0)
+    assert [e.digest for e in objective.examples["a"]] == [
+        e.digest for e in objective.examples["b"]
+    ]
+    own, best = random_scores(11, 1), random_scores(40, 3)
+    d = np.array(own) - np.array(best)[:11]
+    mean, error, least = objective.difference({"a": own, "b": own}, {"a": best, "b": best})
+    assert mean == pytest.approx(d.mean(), rel=1e-14)
+    assert error == pytest.approx(math.sqrt(((d - d.mean()) ** 2).sum() / 10 / 11), rel=1e-12)
+    assert least == 11
+
+
 def test_a_hopeless_candidate_is_dropped_after_the_first_share() -> None:
     tasks = [Told("a", 100)]
     good = random_scores(100, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from mergekit_unconstrained.search.samplers import (
     population,
     replay,
     seed_of,
+    told,
     uniform_count,
 )
 from mergekit_unconstrained.search.settings import SearchSettings
@@ -167,6 +169,31 @@ def test_a_flat_score_restarts_with_twice_the_population() -> None:
             break
     assert sizes == [4, 8, 16]
     assert len(set(means)) == 3  # from another random point each time
+
+
+@pytest.mark.parametrize("uniform_first", [0, 5])
+def test_a_strategy_that_goes_on_is_the_one_that_begins_anew(uniform_first: int) -> None:
+    settings = settings_of(population=4, seed=3, uniform_first=uniform_first)
+    genes = [Gene(("m", "weight", i, "k"), 0, 1, 0.5, place=f"layer {i}") for i in range(12)]
+    genome = Genome(tuple(genes), ())
+    points = np.random.default_rng(0).random((60, 12))
+    trials = [finished(genome, settings, point, {VALUE: float(point @ point)}) for point in points]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    going = None
+    for count in range(1, 60):
+        going = told(genome, settings, trials[:count], going)
+        anew = told(genome, settings, trials[:count])
+        assert going.numbers == anew.numbers
+        for one in (going, anew):
+            one.state.reseed_rng(count)
+        assert np.array_equal(going.state.ask(), anew.state.ask())
+    others = copy.deepcopy(trials[::-1])  # of another study
+    for number, trial in enumerate(others):
+        trial.number = number + 100
+    other = told(genome, settings, others, going)
+    assert other.numbers == told(genome, settings, others).numbers
+    assert np.array_equal(other.state.mean, told(genome, settings, others).state.mean)
 
 
 def test_many_genes_have_a_diagonal_covariance() -> None:

@@ -164,7 +164,7 @@ def test_a_search_that_is_interrupted_gives_the_same_answer(
 ) -> None:
     path = search_file(budget=12, baselines=["random"])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeed(path, whole)
+    assert "the 23 left are" in " ".join(succeed(path, whole).split())
     plain = Objective.score
     for stop in (3, 9, 5):
         left = [stop]
@@ -227,6 +227,7 @@ def test_dry_run_says_what_it_would_cost_and_writes_no_model(
         "x 40 candidates",
         "30 examples",
         "live model",
+        "told when the first candidate is scored",
     ):
         assert words in said
     assert list(tmp_path.iterdir()) == [tmp_path / "search.yml"]
