@@ -291,6 +291,7 @@ def test_tensors_under_way_stay_within_the_budget_and_use_it() -> None:
     found = under(100, *[60] * 6)
     assert (found.peak, found.most) == (60, 1)
     assert under(100, 80, 10, 10, 80, 10, 10, 80).peak <= 100
+    assert under(100, 100, *[30] * 6).most == 3  # the room of what is done is used again
 
 
 def test_what_is_larger_than_the_budget_is_merged_alone() -> None:
