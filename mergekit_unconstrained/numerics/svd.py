@@ -7,7 +7,7 @@ largest, less than the rounding of A itself hides. A float64 matrix is decompose
 Singular values below `tolerance` of the largest are zero: their vectors are anybody's choice, so
 they are left out. The factors of a low-rank task vector have its rank, those of a zero one none.
 Cost: O(m n min(m, n)) operations, about 9 min(m, n)^3 of them in the eigenvectors; memory for a few
-float64 matrices of the shape of A, beside what the caller keeps (a method's docstring has its peak).
+float64 matrices of the shape of A, beside what the caller keeps (its docstring has the peak).
 """
 
 from __future__ import annotations
