@@ -62,7 +62,7 @@ experts: $(STAMP)  ## train the demo's two experts anew
 zoo: $(STAMP)  ## train the tiny models and data of recipes/zoo/mix.yml (four minutes)
 	$(BIN)/python -m mergekit_unconstrained.demo.zoo_models zoo
 
-stories: $(STAMP)  ## train the models and tasks of recipes/zoo/stories.yml (six minutes or more)
+stories: $(STAMP)  ## train the models and tasks of recipes/zoo/stories.yml (six to twenty minutes)
 	$(BIN)/python -m mergekit_unconstrained.demo.stories stories --seed 0
 
 clean:  ## remove the environment and caches
