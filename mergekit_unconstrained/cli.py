@@ -38,6 +38,8 @@ def main() -> None:
 @click.option("--allow-nan", is_flag=True, help="Let NaN and infinity in parents through.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @click.option("--fast", is_flag=True, help="Run mergekit's own methods by our kernels (README).")
+@click.option("--memory-budget", metavar="SIZE", help="What tensors under way may take: 8GiB.")
+@click.option("--verify", is_flag=True, help="Read the output again and compare.")
 @click.option("--mergekit-help", is_flag=True, help="List mergekit-yaml's options and stop.")
 @click.pass_context
 def yaml(
@@ -47,16 +49,25 @@ def yaml(
     allow_nan: bool,
     dry_run: bool,
     fast: bool,
+    memory_budget: str | None,
+    verify: bool,
     mergekit_help: bool,
 ) -> None:
     """Run RECIPE and write the merged model to OUT.
 
     Every option of mergekit-yaml works here too (--cuda, --lora-merge-cache DIR, ...), and any of
-    its methods. --allow-nan and --dry-run set the keys of the recipe's `parameters`. --fast is for
-    mergekit's own methods; MERGEKIT_UNCONSTRAINED_FAST=1 asks mergekit-yaml itself for the same.
+    its methods. --allow-nan, --dry-run, --memory-budget and --verify set the keys of the recipe's
+    `parameters`. --fast is for mergekit's own methods, and knows the latter two;
+    MERGEKIT_UNCONSTRAINED_FAST=1 asks mergekit-yaml itself for the same.
     """
     jobs = _jobs(None if mergekit_help else recipe)
-    overrides = {k: True for k, v in {"allow_nan": allow_nan, "dry_run": dry_run}.items() if v}
+    given = {
+        "allow_nan": allow_nan,
+        "dry_run": dry_run,
+        "memory_budget": memory_budget,
+        "verify": verify,
+    }
+    overrides = {k: v for k, v in given.items() if v}
     arguments = ["--help"] if mergekit_help else ctx.args
     jobs.run_recipe(recipe, out, _merge_options(arguments), overrides, fast_kernels=fast)
 

@@ -5,13 +5,14 @@ Only this module, `_activate` and `quick_start` import mergekit.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,7 @@ __all__ = [
     "build_tokenizer",
     "can_convert",
     "check_chat_template",
+    "configs_read_once",
     "convert",
     "dtype_from_name",
     "finish_merge",
@@ -516,6 +518,25 @@ def write_card(config: MergeConfiguration, source: str, folder: Path, name: str)
     card = generate_card(config=config, config_yaml=source, name=name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def configs_read_once() -> Iterator[None]:
+    """Within, the config of each model is read once; mergekit asks for it a dozen times a merge."""
+    read = ModelReference.config
+    held: dict[tuple[ModelReference, bool], Any] = {}
+
+    def config(reference: ModelReference, trust_remote_code: bool = False) -> Any:
+        key = (reference, trust_remote_code)
+        if key not in held:
+            held[key] = read(reference, trust_remote_code)
+        return copy.deepcopy(held[key])  # the output's config is one of them, changed
+
+    ModelReference.config = config  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ModelReference.config = read  # type: ignore[method-assign]
 
 
 def forget_loaders() -> None:

@@ -68,6 +68,29 @@ class JobOptions(BaseModel):
     """A tag for what is published, such as `v1`."""
 
 
+class JobOptionError(ValueError):
+    """A job option with a value it cannot have."""
+
+    def __init__(self, name: str, wanted: str, value: object) -> None:
+        super().__init__(f"must be {wanted}, not {value!r}")
+        self.name = name
+
+
+def job_options(given: Mapping[str, Any]) -> JobOptions:
+    """Job options from a recipe's values; JobOptionError names the first wrong one."""
+    try:
+        return JobOptions(**given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        wanted = {
+            "engine": "`streaming` or `mergekit`",
+            "memory_budget": "a size such as `8GiB`",
+        }.get(name, "true or false")
+        if name in ("push_to_hub", "hub_tag"):
+            wanted = "a name, as in `push_to_hub: org/name` and `hub_tag: v1`"
+        raise JobOptionError(name, wanted, given[name]) from None
+
+
 HUB_KEYS = ("push_to_hub", "hub_private", "hub_tag")
 """Job options that change nothing in the result: they are not published with the recipe."""
 
@@ -164,17 +187,9 @@ class _Checker:
             rest = {k: v for k, v in rest.items() if k in self.specs or k != "normalize"}
         self._parameters(place, rest, self.specs, also=tuple(JobOptions.model_fields))
         try:
-            return JobOptions(**options)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = str(problem["loc"][0])
-            wanted = {
-                "engine": "`streaming` or `mergekit`",
-                "memory_budget": "a size such as `8GiB`",
-            }.get(name, "true or false")
-            if name in ("push_to_hub", "hub_tag"):
-                wanted = "a name, as in `push_to_hub: org/name` and `hub_tag: v1`"
-            self.document.fail((*place, name), f"must be {wanted}, not {options[name]!r}")
+            return job_options(options)
+        except JobOptionError as error:
+            self.document.fail((*place, error.name), str(error))
 
     # -- keys and values ---------------------------------------------------------------------------
 

@@ -5,8 +5,7 @@ that: the pages behind a kernel that goes through a tensor by pieces are given b
 tensor whose rows can be merged one by one (`entrywise`) is read, merged and written by parts of a
 few MiB. How many tensors are under way at a time is bounded by `memory_budget`.
 
-Devices: `--cuda` moves a tensor or part there, merges it and moves it back, one after the other
-within a thread and side by side between threads; nothing is copied ahead. Not run on a device yet.
+Devices: device.py.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ import torch
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeOptions, ModelReference, PlannedTask
 from mergekit_unconstrained.config.recipe import JobOptions
+from mergekit_unconstrained.engine.device import Lane
 from mergekit_unconstrained.engine.journal import Journal
 from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.source import CannotStreamError, Input
@@ -102,11 +102,12 @@ class Workers:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._device = self.options.device or "cpu"
+        self._here = threading.local()
 
     def start(self) -> None:
         """Called once in every thread."""
         torch.set_num_threads(1)
+        self._here.lane = Lane(self.options.device or "cpu")
         compat.set_loader_options(self.options)
 
     def work_all(self, jobs: Sequence[Job]) -> int:
@@ -151,9 +152,9 @@ class Workers:
                 one.give_back(rows.start / count, rows.stop / count)
 
     def _merged(self, job: Job, tensors: Tensors, rows: slice | None = None) -> torch.Tensor:
-        if self._device != "cpu":
-            tensors = {m: t.to(self._device) for m, t in tensors.items()}
-        result = job.task.compute(tensors, self.tokenizer)
+        result = self._here.lane.merged(
+            tensors, lambda here: job.task.compute(here, self.tokenizer)
+        )
         shape, dtype = job.output.shape, job.output.dtype
         if rows is not None:
             shape = (rows.stop - rows.start, *shape[1:])
@@ -162,7 +163,7 @@ class Workers:
             raise CannotStreamError(
                 f"the method gave {found} for {job.output.name}, not {list(shape)} {dtype}"
             )
-        return result.cpu()
+        return result
 
 
 @contextmanager

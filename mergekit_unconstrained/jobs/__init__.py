@@ -74,23 +74,26 @@ def run_recipe(
     fast_kernels: run mergekit's own methods by our kernels (ours always are).
     """
     document, config, method = load_recipe(path)
-    if not compat.is_ours(method):
-        if overrides:
+    is_fast = compat.is_builtin(method) and (fast_kernels or fast.is_asked_for())
+    if overrides:
+        useless = [k for k in overrides if not is_fast or k not in fast.JOB_KEYS]
+        if useless and not compat.is_ours(method):
+            than = ", or with --fast" if set(useless) <= set(fast.JOB_KEYS) else ""
             raise RecipeError(
-                f"{path}: {', '.join(overrides)} work with our methods only, and "
+                f"{path}: {', '.join(useless)} work with our methods only{than}, and "
                 f"{method.spec.name!r} is mergekit's own"
             )
-        if compat.is_builtin(method) and not (fast_kernels or fast.is_asked_for()):
-            compat.run_merge(config, out, options, document.text)
-        else:
-            run(compat.run_merge, config, out, options, document.text)
-        return
-    if overrides:
         # Into the text, so that the recipe that is kept with the result says it too.
         parameters = {**(document.data.get("parameters") or {}), **overrides}
         text = yaml.safe_dump({**document.data, "parameters": parameters}, sort_keys=False)
         document = Document.parse(text, path)
-    _run(compat.run_merge, method, config, Path(out), options, document)
+        config = config.model_copy(update={"parameters": parameters})
+    if compat.is_ours(method):
+        _run(compat.run_merge, method, config, Path(out), options, document)
+    elif compat.is_builtin(method) and not is_fast:
+        compat.run_merge(config, out, options, document.text)
+    else:
+        run(compat.run_merge, config, out, options, document.text)
 
 
 def check(path: str, options: MergeOptions) -> str:

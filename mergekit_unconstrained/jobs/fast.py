@@ -1,6 +1,9 @@
 """mergekit's own methods by our kernels and engine, for who asks: `--fast`, or the environment.
 
-A recipe, its output and its card are mergekit's; the card says which kernels computed it.
+A recipe, its output and its card are mergekit's; the card says which kernels computed it. Of the
+job options `engine`, `memory_budget` and `verify` work here too, in the recipe's `parameters`,
+where mergekit itself takes no notice of them. The files' sha256, which costs as much as a linear
+merge, is taken where `verify` asks for it, and then stands in the card.
 """
 
 from __future__ import annotations
@@ -15,14 +18,17 @@ from typing import Any
 
 from mergekit_unconstrained import __version__, compat, present
 from mergekit_unconstrained.compat import MergeConfiguration, MergeOptions
-from mergekit_unconstrained.config.recipe import JobOptions
+from mergekit_unconstrained.config.recipe import JobOptionError, JobOptions, job_options
 from mergekit_unconstrained.engine import journal, staging, streaming
 from mergekit_unconstrained.engine.fast import FAST, fast_method
+from mergekit_unconstrained.errors import RecipeError
 
 RunMerge = Callable[..., Any]
 """mergekit's `run_merge`."""
 LOG = logging.getLogger(__name__)
 SWITCH = "MERGEKIT_UNCONSTRAINED_FAST"
+JOB_KEYS = ("engine", "memory_budget", "verify")
+"""Job options that mean something here."""
 
 
 def is_asked_for() -> bool:
@@ -43,37 +49,44 @@ def run(
     """
     name = config.merge_method
     source = source or config.to_yaml()
-    if name not in FAST:
-        reason: str | None = f"there is no fast kernel for {name!r}"
-    else:
-        architecture = compat.get_architecture_info(config, options)
-        reason = streaming.refusal(architecture, options)
-    if reason is None:
+    job = _job_options(config)
+    try:
+        if name not in FAST:
+            raise streaming.CannotStreamError(f"there is no fast kernel for {name!r}")
+        if job.engine == "mergekit":
+            raise streaming.CannotStreamError("the recipe's `engine` asks for them")
         started = time.monotonic()
-        try:
-            work = _work(config, options, architecture)
+        with compat.configs_read_once():
+            work = _work(config, options, job)
             _merge(work, config, out, options, source)
-        except streaming.CannotStreamError as error:
-            reason = str(error)
-        else:
-            if not options.quiet:
-                took = present.duration(time.monotonic() - started)
-                message = f"{out}: {len(work.tasks):,} tensors merged by {name}, {_said(name)}, in "
-                present.console.print(message + took, markup=False, highlight=False)
-            return
-    LOG.warning("merging with mergekit's own kernels and executor: %s", reason)
-    run_merge(config, str(out), options, source)
+    except streaming.CannotStreamError as error:
+        LOG.warning("merging with mergekit's own kernels and executor: %s", error)
+        run_merge(config, str(out), options, source)
+        return
+    if not options.quiet:
+        took = present.duration(time.monotonic() - started)
+        message = f"{out}: {len(work.tasks):,} tensors merged by {name}, {_said(name)}, in "
+        present.console.print(message + took, markup=False, highlight=False)
+
+
+def _job_options(config: MergeConfiguration) -> JobOptions:
+    given = {k: v for k, v in (config.parameters or {}).items() if k in JOB_KEYS}
+    try:
+        return job_options(given)
+    except JobOptionError as error:
+        raise RecipeError(f"`parameters: {error.name}` {error}") from None
 
 
 def _said(name: str) -> str:
     return f"fast kernel ({FAST[name].relation})"
 
 
-def _work(
-    config: MergeConfiguration, options: MergeOptions, architecture: compat.ModelArchitecture
-) -> streaming.Work:
+def _work(config: MergeConfiguration, options: MergeOptions, job: JobOptions) -> streaming.Work:
     """Plan the recipe as mergekit does, with our variant of its method."""
     compat.forget_loaders()
+    architecture = compat.get_architecture_info(config, options)
+    if (reason := streaming.refusal(architecture, options)) is not None:
+        raise streaming.CannotStreamError(reason)
     out_config = compat.output_config(config, architecture, options.trust_remote_code)
     cache = compat.set_loader_options(options)
     references = config.referenced_models()
@@ -85,7 +98,7 @@ def _work(
     types = {r: getattr(r.config(trust_remote_code=trust), "model_type", "") for r in references}
     base = config.base_model
     return streaming.Work(
-        tasks, types, base, config, architecture, out_config, JobOptions(), hashes=False
+        tasks, types, base, config, architecture, out_config, job, hashes=job.verify
     )
 
 
@@ -100,7 +113,7 @@ def _merge(
     with staging.staged(out, job, journal.NAME) as partial:
         identity = journal.identity_of(job, files)
         with present.byte_progress("merging", total) as advance:
-            streaming.merge(work, partial, options, identity, advance)
+            digests = streaming.merge(work, partial, options, identity, advance)
         if options.write_model_card:
             compat.write_card(config, source, partial, out.name)
             with (partial / "README.md").open("a", encoding="utf-8") as card:
@@ -108,3 +121,5 @@ def _merge(
                     f"\nMerged with the {_said(config.merge_method)} of mergekit-unconstrained "
                     f"{__version__}.\n"
                 )
+                for file, digest in sorted(digests.items()):
+                    card.write(f"\n* `{file}`: sha256 `{digest}`, read back\n")

@@ -70,6 +70,7 @@ def estimate_seconds(plan: Plan) -> float:
     return elapsed * sum(math.prod(s) for s, _ in shapes) / side**2
 
 
+@compat.configs_read_once()
 def run_job(
     run_merge: RunMerge,
     method: MergeMethod,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,76 @@ def test_a_method_without_a_fast_kernel_runs_as_ever(
     assert "model.safetensors" in run(tmp_path, "out", recipe, "--fast")
     assert "there is no fast kernel for 'nearswap'" in caplog.text
     assert streamed == []
+
+
+def test_a_fast_merge_takes_the_job_options(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = streaming.merge
+
+    def merge(work: streaming.Work, *rest: Any) -> Any:
+        seen.append(work.job)
+        return real(work, *rest)
+
+    monkeypatch.setattr(streaming, "merge", merge)
+    recipe = recipe_of(tiny_models, "task_arithmetic")
+    plain = run(tmp_path, "plain", recipe, "--fast")
+    found = run(tmp_path, "out", recipe, "--fast", "--memory-budget", "2GiB", "--verify")
+    assert [(job.memory_budget, job.verify) for job in seen] == [(None, False), (2 << 30, True)]
+    assert found["model.safetensors"] == plain["model.safetensors"]
+    digest = hashlib.sha256(found["model.safetensors"]).hexdigest()
+    assert f"* `model.safetensors`: sha256 `{digest}`, read back" in found["README.md"].decode()
+    assert "sha256" not in plain["README.md"].decode()
+    assert "memory_budget: 2GiB" in found["mergekit_config.yml"].decode()
+    # The same by the recipe, which mergekit itself reads without a word.
+    recipe["parameters"] = {"memory_budget": "2GiB", "verify": True}
+    run(tmp_path, "again", recipe, "--fast")
+    assert seen[-1] == seen[-2]
+    run(tmp_path, "stock", recipe)
+    assert len(seen) == 3
+
+
+def test_a_recipe_may_ask_for_mergekits_executor(
+    tmp_path: Path, tiny_models: TinyModels, streamed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, "out", recipe_of(tiny_models, "task_arithmetic", engine="mergekit"), "--fast")
+    assert streamed == []
+    assert "the recipe's `engine` asks for them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fast", "--memory-budget", "much"], "must be a size such as `8GiB`, not 'much'"),
+        (["--memory-budget", "1GiB"], "memory_budget work with our methods only, or with --fast"),
+        (["--fast", "--allow-nan"], "allow_nan work with our methods only, and"),
+    ],
+)
+def test_job_options_that_cannot_be(
+    tmp_path: Path, tiny_models: TinyModels, options: list[str], said: str
+) -> None:
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe_of(tiny_models, "linear")))
+    arguments = ["yaml", str(tmp_path / "recipe.yml"), str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(main, arguments)
+    assert said in (result.output + str(result.exception))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_config_of_a_model_is_read_once_a_merge(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = compat.ModelReference.config
+
+    def config(self: compat.ModelReference, trust_remote_code: bool = False) -> Any:
+        read.append(str(self))
+        return real(self, trust_remote_code)
+
+    monkeypatch.setattr(compat.ModelReference, "config", config)
+    run(tmp_path, "out", recipe_of(tiny_models, "task_arithmetic"), "--fast")
+    assert sorted(read) == sorted({str(tiny_models.base), *map(str, tiny_models.experts)})
+    assert compat.ModelReference.config is config
 
 
 def test_fast_variants_have_names_of_their_own() -> None:
