@@ -532,11 +532,11 @@ def configs_read_once() -> Iterator[None]:
             held[key] = read(reference, trust_remote_code)
         return copy.deepcopy(held[key])  # the output's config is one of them, changed
 
-    ModelReference.config = config  # type: ignore[method-assign]
+    ModelReference.config = config
     try:
         yield
     finally:
-        ModelReference.config = read  # type: ignore[method-assign]
+        ModelReference.config = read
 
 
 def forget_loaders() -> None:
