@@ -34,7 +34,7 @@ def splitmix64(start: int, first: int, count: int) -> np.ndarray:
 class Lanes:
     """The uniform integers of one tensor and model, piece by piece from the first entry on."""
 
-    def __init__(self, *, seed: int, tensor: str, model: str, bits: Literal[16, 32] = 32) -> None:
+    def __init__(self, *, seed: int, tensor: str, model: str, bits: Literal[8, 32] = 32) -> None:
         key = hashlib.sha256(f"{seed}\0{tensor}\0{model}".encode()).digest()
         self._start = int.from_bytes(key[:8], "little")
         # Little-endian order by decree, so that other machines draw the same lanes.
@@ -43,7 +43,7 @@ class Lanes:
         self._left = np.empty(0, dtype=self._dtype)
 
     def take(self, count: int) -> np.ndarray:
-        """The next ones, [count] uint16 or uint32, independent and uniform over all values."""
+        """The next ones, [count] uint8 or uint32, independent and uniform over all values."""
         draws = -(-(count - len(self._left)) * self._dtype.itemsize // 8)
         numbers = splitmix64(self._start, self._drawn + 1, draws)
         self._drawn += draws
@@ -57,23 +57,26 @@ class Lanes:
 class Coins:
     """One coin for every entry of a tensor, heads with a given probability, exact to 2^-32.
 
-    Sixteen bits decide, but for the one entry in 65,536 that needs another sixteen.
+    Eight bits decide, but for the one entry in 256 that needs another 24.
     """
 
     def __init__(self, keep: float, *, seed: int, tensor: str, model: str) -> None:
-        self._high, self._low = divmod(int(thresholds(keep)), 1 << 16)
-        self._lanes = Lanes(seed=seed, tensor=tensor, model=model, bits=16)
-        self._more = Lanes(seed=seed, tensor=tensor, model=f"{model}\0more", bits=16)
+        self._high, self._low = divmod(int(thresholds(keep)), 1 << 24)
+        self._lanes = Lanes(seed=seed, tensor=tensor, model=model, bits=8)
+        self._more = Lanes(seed=seed, tensor=tensor, model=f"{model}\0more")
 
     def toss(self, heads: np.ndarray) -> None:
         """The next entries. heads: [n] bool, written to."""
-        if self._high == 1 << 16:  # no 16-bit number is that large
+        if self._high == 1 << 8:  # no 8-bit number is that large
             heads.fill(True)
             return
         lanes = self._lanes.take(len(heads))
-        undecided = np.flatnonzero(np.equal(lanes, np.uint16(self._high), out=heads))
-        np.less(lanes, np.uint16(self._high), out=heads)
-        heads[undecided] = self._more.take(len(undecided)) < self._low
+        if not self._low:  # whatever the further bits are
+            np.less(lanes, np.uint8(self._high), out=heads)
+            return
+        undecided = np.flatnonzero(np.equal(lanes, np.uint8(self._high), out=heads))
+        np.less(lanes, np.uint8(self._high), out=heads)
+        heads[undecided] = self._more.take(len(undecided)) >> np.uint32(8) < self._low
 
 
 def uniform_lanes(shape: torch.Size, *, seed: int, tensor: str, model: str) -> np.ndarray:

@@ -251,7 +251,7 @@ def weighted(term: torch.Tensor, expert: Expert, kept: Kept, piece: slice) -> to
         term.mul_(as_float(kept.mask[piece], term.dtype))
     if kept.factor != 1:
         term.mul_(kept.factor)
-    # Multiplied and then added, never fused: bit-identical to mergekit's arithmetic.
+    # One by one, and added afterwards, never fused: bit-identical to mergekit's arithmetic.
     return term.mul_(expert.weight)
 
 

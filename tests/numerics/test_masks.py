@@ -164,7 +164,7 @@ def test_coins_have_their_probability(keep: float) -> None:
 
 def test_coins_are_fixed_for_all_time() -> None:
     digest = hashlib.sha256(np.packbits(heads(0.3)).tobytes()).hexdigest()
-    assert digest[:16] == "b5d17cf8188b53fc"
+    assert digest[:16] == "80e57aebefb09cf1"
 
 
 def test_coins_of_two_models_and_neighbours_are_independent() -> None:
@@ -174,22 +174,26 @@ def test_coins_of_two_models_and_neighbours_are_independent() -> None:
         assert abs(np.corrcoef(first[:-lag], first[lag:])[0, 1]) < 5 / math.sqrt(N)
 
 
-@pytest.mark.parametrize("lane", [0, 1, 0x7FFF, 0x8000, 0xFFFF])
-@pytest.mark.parametrize("more", [0, 1, 0x1234, 0xFFFF])
-@pytest.mark.parametrize("threshold", [1, 0x7FFF0001, 0x80001234, 0x80001235, 0xFFFFFFFF])
+@pytest.mark.parametrize("lane", [0, 1, 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("more", [0, 1, 0x1234, 0xFFFFFF])
+@pytest.mark.parametrize(
+    "threshold", [1, 0x7F000001, 0x80000000, 0x80001234, 0x80001235, 0xFF000000, 0xFFFFFFFF]
+)
 def test_two_lanes_are_one_of_32_bits(
     lane: int, more: int, threshold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Heads exactly where lane * 2^16 + more < threshold."""
+    """Heads exactly where lane * 2^24 + more < threshold; more: the upper bits of its lane."""
 
     class Fixed:
         def __init__(self, *, model: str, **_: object) -> None:
-            self._value = more if model.endswith("more") else lane
+            self._is_more = model.endswith("more")
 
         def take(self, count: int) -> np.ndarray:
-            return np.full(count, self._value, np.uint16)
+            if self._is_more:
+                return np.full(count, more << 8 | 0xAB, np.uint32)
+            return np.full(count, lane, np.uint8)
 
     monkeypatch.setattr(masks, "Lanes", Fixed)
     found = np.empty(3, np.bool_)
     Coins(threshold / 2**32, **KEY).toss(found)  # type: ignore[arg-type]
-    assert found.tolist() == [lane * 2**16 + more < threshold] * 3
+    assert found.tolist() == [lane * 2**24 + more < threshold] * 3
