@@ -39,7 +39,7 @@ from mergekit_unconstrained.hub.card import (
 )
 from mergekit_unconstrained.hub.facts import Fusion, Teacher, is_hub_id, unknowns
 from mergekit_unconstrained.hub.findings import worse
-from mergekit_unconstrained.numerics.operators import OPERATORS
+from mergekit_unconstrained.numerics.settings import OPERATORS
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"

@@ -13,7 +13,7 @@ from mergekit_unconstrained.config.parents import Parent
 from mergekit_unconstrained.config.table import Table
 from mergekit_unconstrained.config.words import suggest
 from mergekit_unconstrained.errors import ModelError, RecipeError
-from mergekit_unconstrained.numerics.operators import OPERATORS
+from mergekit_unconstrained.numerics.settings import OPERATORS
 from mergekit_unconstrained.numerics.sparsify import check_della
 
 if TYPE_CHECKING:

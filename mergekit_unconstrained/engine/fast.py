@@ -17,7 +17,8 @@ import torch
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import GroupMergeMethod, MergeMethod, TensorGroup
 from mergekit_unconstrained.numerics import gram, stepwise
-from mergekit_unconstrained.numerics.operators import Expert, Operator, Settings, merge
+from mergekit_unconstrained.numerics.operators import merge
+from mergekit_unconstrained.numerics.settings import Expert, Operator, Settings
 
 Relation = Literal[
     "bit-identical", "identical but for ties", "statistically the same", "more accurate"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish, is_quiet, role_of
-from mergekit_unconstrained.numerics.operators import pieces
+from mergekit_unconstrained.numerics.pieces import pieces
 from mergekit_unconstrained.numerics.roles import GROUPS, Role
 
 MATRIX_KINDS = frozenset({*GROUPS["attention"], *GROUPS["mlp"], "other"})

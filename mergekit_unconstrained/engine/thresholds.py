@@ -15,9 +15,9 @@ import torch
 from mergekit_unconstrained.engine.context import measured
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Measure
-from mergekit_unconstrained.numerics import operators
-from mergekit_unconstrained.numerics.operators import Expert, Kept, Settings
+from mergekit_unconstrained.numerics import keeping
 from mergekit_unconstrained.numerics.quantiles import Summary
+from mergekit_unconstrained.numerics.settings import Expert, Kept, Settings
 
 MAGNITUDES = "|d| of every expert"
 
@@ -58,5 +58,5 @@ def trimmed(
     bounds = (found.entries[first], found.entries[end - 1]) if first < end else None
     kept = Kept() if bounds is not None and (first, end) == (0, found.count) else None
     return dataclasses.replace(
-        expert, kept=kept or operators.keep_between(base, expert, settings, bounds)
+        expert, kept=kept or keeping.keep_between(base, expert, settings, bounds)
     )

@@ -32,7 +32,7 @@ from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.source import CannotStreamError, Input
 from mergekit_unconstrained.engine.writer import Writer
 from mergekit_unconstrained.errors import NonFiniteError
-from mergekit_unconstrained.numerics.operators import BEHIND
+from mergekit_unconstrained.numerics.pieces import BEHIND
 
 LOG = logging.getLogger(__name__)
 PART = 1 << 21

@@ -30,7 +30,9 @@ from pydantic import Field
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import finish
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
-from mergekit_unconstrained.numerics.operators import Expert, Settings, magnitudes, merge
+from mergekit_unconstrained.numerics.keeping import magnitudes
+from mergekit_unconstrained.numerics.operators import merge
+from mergekit_unconstrained.numerics.settings import Expert, Settings
 
 LOG = logging.getLogger(__name__)
 Finite = Annotated[float, Field(allow_inf_nan=False)]

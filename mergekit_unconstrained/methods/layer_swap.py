@@ -28,8 +28,9 @@ from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import depth_of, finish, role_of
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
+from mergekit_unconstrained.numerics.operators import merge
 from mergekit_unconstrained.numerics.roles import Role
+from mergekit_unconstrained.numerics.settings import Expert, Settings
 
 Count = Annotated[int, Field(ge=0, le=1000)]
 

@@ -31,14 +31,9 @@ from mergekit_unconstrained.engine.prepass import Measure, of_model
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.engine.thresholds import Span, thresholds, trimmed
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.numerics.operators import (
-    OPERATORS,
-    Expert,
-    OperatorName,
-    Settings,
-    kept_ranks,
-    merge,
-)
+from mergekit_unconstrained.numerics.keeping import kept_ranks
+from mergekit_unconstrained.numerics.operators import merge
+from mergekit_unconstrained.numerics.settings import OPERATORS, Expert, OperatorName, Settings
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -35,7 +35,8 @@ from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics import initial
-from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
+from mergekit_unconstrained.numerics.operators import merge
+from mergekit_unconstrained.numerics.settings import Expert, Settings
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | Literal["auto"]

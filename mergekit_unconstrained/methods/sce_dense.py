@@ -23,7 +23,8 @@ from pydantic import Field
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
-from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
+from mergekit_unconstrained.numerics.operators import merge
+from mergekit_unconstrained.numerics.settings import Expert, Settings
 
 
 @tensor_method("sce_dense", "SCE as published")

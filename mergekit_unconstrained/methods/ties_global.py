@@ -35,7 +35,9 @@ from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows, of_model
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.engine.thresholds import MAGNITUDES, Span, thresholds, trimmed
-from mergekit_unconstrained.numerics.operators import Expert, Settings, keep, merge, sum_signs
+from mergekit_unconstrained.numerics.keeping import keep
+from mergekit_unconstrained.numerics.operators import merge, sum_signs
+from mergekit_unconstrained.numerics.settings import Expert, Settings
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 SIGNS = "signs of the sums of what is kept"

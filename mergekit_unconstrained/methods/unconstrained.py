@@ -32,7 +32,7 @@ from mergekit_unconstrained.config.fusion_parameters import (
     FUSION_PARAMETERS,
     per_model,
 )
-from mergekit_unconstrained.numerics.operators import OperatorName
+from mergekit_unconstrained.numerics.settings import OperatorName
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

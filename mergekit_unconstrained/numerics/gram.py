@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mergekit_unconstrained.errors import ModelError
-from mergekit_unconstrained.numerics.operators import pieces, scratch
+from mergekit_unconstrained.numerics.pieces import pieces, scratch
 
 
 @torch.no_grad()

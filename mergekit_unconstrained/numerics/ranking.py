@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_unconstrained.numerics import sparsify
-from mergekit_unconstrained.numerics.operators import OPERATORS, Expert, Kept, Settings, magnitudes
+from mergekit_unconstrained.numerics.keeping import magnitudes
 from mergekit_unconstrained.numerics.select import stable_order
+from mergekit_unconstrained.numerics.settings import OPERATORS, Expert, Kept, Settings
 
 
 @dataclass(frozen=True)

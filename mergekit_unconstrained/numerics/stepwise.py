@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from mergekit_unconstrained.numerics import sparsify
-from mergekit_unconstrained.numerics.operators import Expert, pieces, scratch
+from mergekit_unconstrained.numerics.pieces import pieces, scratch
 from mergekit_unconstrained.numerics.select import Extreme
+from mergekit_unconstrained.numerics.settings import Expert
 
 Keep = Literal["all", "magnitude", "outliers"]
 HALF = (torch.bfloat16, torch.float16)

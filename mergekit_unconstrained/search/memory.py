@@ -24,8 +24,9 @@ from mergekit_unconstrained.engine import prepass
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.plan import Plan, PlannedTensor, coefficients_of
 from mergekit_unconstrained.errors import ModelError, NonFiniteError
-from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
+from mergekit_unconstrained.numerics.operators import merge
 from mergekit_unconstrained.numerics.ranking import Ranking, kept, ranking
+from mergekit_unconstrained.numerics.settings import Expert, Settings
 from mergekit_unconstrained.search.space import Candidate
 
 NOTHING = torch.empty(0)

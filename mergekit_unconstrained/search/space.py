@@ -20,8 +20,8 @@ from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.table import LAYER_WORDS, short_name
 from mergekit_unconstrained.config.table_text import dump_table
 from mergekit_unconstrained.config.words import suggest
-from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.numerics.roles import OUTER_KINDS
+from mergekit_unconstrained.numerics.settings import OPERATORS
 from mergekit_unconstrained.search.genome import (
     DIGITS,
     Address,

@@ -14,7 +14,7 @@ import gradio as gr
 import huggingface_hub
 
 from mergekit_unconstrained.errors import UnconstrainedError
-from mergekit_unconstrained.numerics.operators import OPERATORS
+from mergekit_unconstrained.numerics.settings import OPERATORS
 from mergekit_unconstrained.space import confine, hub_models, views
 from mergekit_unconstrained.space.desk import Desk, Settings, chosen, client
 from mergekit_unconstrained.space.inspect import Verdict

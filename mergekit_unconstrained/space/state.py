@@ -14,8 +14,8 @@ from typing import Any, Literal
 import yaml
 
 from mergekit_unconstrained.config.table_text import dump_table
-from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.numerics.roles import GROUPS
+from mergekit_unconstrained.numerics.settings import OPERATORS
 
 Way = Literal["layerwise", "fusion", "mixture"]
 METHODS: dict[Way, str] = {

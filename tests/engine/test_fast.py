@@ -16,7 +16,7 @@ from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine import fast, streaming
 from mergekit_unconstrained.engine.fast import FAST, FastMethod, markdown_table
-from mergekit_unconstrained.numerics import operators
+from mergekit_unconstrained.numerics import pieces
 from tests.conftest import TinyModels
 
 README = Path(__file__).parent.parent.parent / "README.md"
@@ -127,7 +127,7 @@ def test_identical_however_a_tensor_is_cut(
 ) -> None:
     """Equal magnitudes lie on both sides of a cut."""
     group = group_for(name, dtype, (29, 31) if chunk > 1 else (83,))
-    monkeypatch.setattr(operators, "CHUNK", chunk)
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
     for case in CASES[name]:
         assert torch.equal(ours(name, group, **case), theirs(name, group, **case))
 
@@ -195,7 +195,7 @@ def test_random_kernels_depend_on_seed_and_name_alone(monkeypatch: pytest.Monkey
     case = CASES["dare_ties"][0]
     first = ours("dare_ties", group, **case)
     torch.manual_seed(1)
-    monkeypatch.setattr(operators, "CHUNK", 999)
+    monkeypatch.setattr(pieces, "CHUNK", 999)
     assert torch.equal(ours("dare_ties", group, **case), first)
     method = FastMethod(compat.get("dare_ties"), FAST["dare_ties"], 1)
     (other,) = method((group,), parameters=case)
@@ -245,7 +245,7 @@ def test_inner_products_are_summed_over_all_pieces(
 ) -> None:
     group = group_for(name, torch.float32, (29, 31))
     whole = ours(name, group, **CASES[name][0])
-    monkeypatch.setattr(operators, "CHUNK", chunk)
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
     torch.testing.assert_close(ours(name, group, **CASES[name][0]), whole, rtol=1e-5, atol=1e-6)
 
 

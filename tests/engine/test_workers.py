@@ -25,7 +25,7 @@ from mergekit_unconstrained.engine import workers
 from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.source import MappedFile
 from mergekit_unconstrained.engine.workers import Workers
-from mergekit_unconstrained.numerics import operators
+from mergekit_unconstrained.numerics import pieces
 from tests.conftest import TinyModels
 
 PART = 500
@@ -184,7 +184,7 @@ def given_back(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], list[tu
 
     monkeypatch.setattr(MappedFile, "advise", advise)
     monkeypatch.setattr(workers, "PART", PART)
-    monkeypatch.setattr(operators, "CHUNK", 200)
+    monkeypatch.setattr(pieces, "CHUNK", 200)
     return shares
 
 
@@ -210,7 +210,7 @@ def test_the_pages_behind_every_pass_over_an_input_are_given_back(
         for (_, end), (start, _) in itertools.pairwise(shares):
             assert start in (end, 0)
         assert shares[-1][1] == 1
-    assert operators.BEHIND.tell is None
+    assert pieces.BEHIND.tell is None
 
 
 def test_only_whole_pages_of_the_share_are_given_back(tmp_path: Path) -> None:

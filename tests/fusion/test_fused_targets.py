@@ -13,7 +13,8 @@ import yaml
 from mergekit_unconstrained.compat import MergeOptions
 from mergekit_unconstrained.fusion.settings import FusionSettings
 from mergekit_unconstrained.jobs.fused_targets import targets_recipe
-from mergekit_unconstrained.numerics.operators import Expert, Settings, merge
+from mergekit_unconstrained.numerics.operators import merge
+from mergekit_unconstrained.numerics.settings import Expert, Settings
 
 
 def recipe_of(kind: Any, weights: dict[str, float], **settings: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from mergekit_unconstrained import compat
 from mergekit_unconstrained.catalog import CATALOG
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.errors import NonFiniteError
-from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.numerics.roles import role_from_name
+from mergekit_unconstrained.numerics.settings import OPERATORS
 
 from mergekit.architecture import arch_info_for_config  # isort: skip
 from mergekit.merge_methods import merge_state_dicts, merge_tensors  # isort: skip

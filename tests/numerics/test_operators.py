@@ -11,8 +11,9 @@ import pytest
 import torch
 from exact_reference import ExactExpert, merged
 
-from mergekit_unconstrained.numerics import operators, sparsify
-from mergekit_unconstrained.numerics.operators import OPERATORS, Expert, Settings, merge
+from mergekit_unconstrained.numerics import keeping, pieces, sparsify
+from mergekit_unconstrained.numerics.operators import merge
+from mergekit_unconstrained.numerics.settings import OPERATORS, Expert, Settings
 
 NAMES = list(OPERATORS)
 SHAPES = [(33,), (7, 5), (2, 3, 4)]
@@ -138,7 +139,7 @@ def test_one_rounding_to_the_dtype_of_the_files(
     operator: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is rounded on the way: the error is half a unit in the last place of the result."""
-    monkeypatch.setattr(operators, "CHUNK", chunk)
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
     base, *tensors = (t.to(dtype) for t in on_a_grid((9, 11), 3))
     experts = make_experts(tensors)
     settings = Settings(operator)  # type: ignore[arg-type]
@@ -164,7 +165,7 @@ def test_the_pieces_fit_together(operator: str, monkeypatch: pytest.MonkeyPatch)
     experts = make_experts(tensors)
     whole = merge(base, experts, settings)
     for chunk in (1, 7, 64, 712, 713, 714):
-        monkeypatch.setattr(operators, "CHUNK", chunk)
+        monkeypatch.setattr(pieces, "CHUNK", chunk)
         torch.testing.assert_close(merge(base, experts, settings), whole, rtol=1e-6, atol=0)
         if chunk % 16 == 0:  # below a vector's length torch may fuse multiply and add
             assert torch.equal(merge(base, experts, settings), whole)
@@ -178,7 +179,7 @@ def test_norms_are_summed_over_all_pieces(
     base, *tensors = on_a_grid((23, 31), 3)
     experts = make_experts(tensors, density=0.5)
     settings = Settings(operator, seed=3, name="w")  # type: ignore[arg-type]
-    monkeypatch.setattr(operators, "CHUNK", chunk)
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
     torch.testing.assert_close(
         merge(base, experts, settings).double(),
         exactly(base, experts, settings),
@@ -395,7 +396,7 @@ def test_population_variance_is_exact() -> None:
         for entry in zip(*(rationals(r) for r in rows[:count]), strict=True):
             mean = sum(entry) / count
             expected.append(float(sum((x - mean) ** 2 for x in entry) / count))
-        found = operators.population_variance(rows[:count])
+        found = keeping.population_variance(rows[:count])
         torch.testing.assert_close(
             found, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-17
         )
@@ -407,12 +408,12 @@ def test_variances_of_files_have_the_digits_of_float32(
     dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against torch.var of float64 numbers."""
-    monkeypatch.setattr(operators, "CHUNK", chunk)
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     base, *tensors = (torch.randn(23, 31, generator=generator).to(dtype) for _ in range(4))
     experts = make_experts(tensors)
     rows = torch.stack([e.weight * (e.tensor.double() - base.double()) for e in experts])
-    found = operators.variances(base, experts, torch.float32)
+    found = keeping.variances(base, experts, torch.float32)
     torch.testing.assert_close(
         found.double(), rows.var(dim=0, unbiased=False).reshape(-1), rtol=1e-4, atol=1e-9
     )
@@ -420,7 +421,7 @@ def test_variances_of_files_have_the_digits_of_float32(
 
 def test_equal_experts_have_no_variance_at_all() -> None:
     rows = [torch.randn(1000, generator=torch.Generator().manual_seed(0))] * 7
-    assert not operators.population_variance(rows).any()
+    assert not keeping.population_variance(rows).any()
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from mergekit_unconstrained.engine.plan import make_plan
 from mergekit_unconstrained.errors import ModelError, NonFiniteError
 from mergekit_unconstrained.jobs.searching import merge_plan, plan_search, prepare, write_candidate
 from mergekit_unconstrained.jobs.weights import merge_into
-from mergekit_unconstrained.numerics.operators import OPERATORS
+from mergekit_unconstrained.numerics.settings import OPERATORS
 from mergekit_unconstrained.search.memory import LiveMerge
 from mergekit_unconstrained.search.run import Searcher
 from mergekit_unconstrained.search.space import Candidate

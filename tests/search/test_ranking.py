@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_unconstrained.numerics import operators, sparsify
-from mergekit_unconstrained.numerics.operators import OPERATORS, Expert, Settings
+from mergekit_unconstrained.numerics import keeping, sparsify
 from mergekit_unconstrained.numerics.ranking import Ranking, kept, ranking
 from mergekit_unconstrained.numerics.select import extreme_mask
+from mergekit_unconstrained.numerics.settings import OPERATORS, Expert, Settings
 
 # Few distinct magnitudes, so that most thresholds fall among equal ones.
 magnitudes = st.one_of(
@@ -71,7 +71,7 @@ def test_what_is_kept_is_what_the_operator_keeps(
                 assert mine is None
                 continue
             assert mine is not None
-            theirs = operators.keep(base, expert, s, precision)
+            theirs = keeping.keep(base, expert, s, precision)
             assert mine.factor == theirs.factor
             if theirs.mask is None:
                 assert mine.mask is None
@@ -95,7 +95,7 @@ def test_tensors_of_any_shape_are_ranked_flat(shape: tuple[int, ...]) -> None:
     assert found.ranks.tolist() == list(reversed(range(base.numel())))
     expert = Expert(tensor, weight=1.0, density=0.5)
     mine = kept(found, expert, Settings(operator="ties"))
-    theirs = operators.keep(base, expert, Settings(operator="ties"), torch.float32)
+    theirs = keeping.keep(base, expert, Settings(operator="ties"), torch.float32)
     assert mine is not None
     assert mine.mask is not None
     assert theirs.mask is not None

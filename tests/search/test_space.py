@@ -16,8 +16,8 @@ from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.recipe import check_recipe
 from mergekit_unconstrained.config.table import Table, parse_table
 from mergekit_unconstrained.errors import RecipeError
-from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.numerics.roles import Role
+from mergekit_unconstrained.numerics.settings import OPERATORS
 from mergekit_unconstrained.search.genome import Gene, Genome, layer_groups
 from mergekit_unconstrained.search.settings import GenomeSettings
 from mergekit_unconstrained.search.space import Candidate, Space, make_space

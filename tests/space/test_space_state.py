@@ -15,8 +15,8 @@ from mergekit_unconstrained import _activate, compat
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.recipe import check_recipe
 from mergekit_unconstrained.config.table import Coefficients, load_table
-from mergekit_unconstrained.numerics.operators import OPERATORS
 from mergekit_unconstrained.numerics.roles import Role
+from mergekit_unconstrained.numerics.settings import OPERATORS
 from mergekit_unconstrained.space.state import (
     Curve,
     Expert,
