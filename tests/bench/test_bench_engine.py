@@ -5,7 +5,9 @@ imported everything, so that its CPU seconds and peak memory are those of the wo
 reading, merging, writing. Results are kept in a JSON file as they come, and a second run does only
 what is missing: MERGEKIT_UNCONSTRAINED_BENCH_RESULTS names it (engine-SIZE.json in the current
 directory by default). MERGEKIT_UNCONSTRAINED_BENCH chooses the size, ..._METHODS and ..._DTYPES a
-comma-separated list, ..._REPEATS how often everything runs. Nothing is asserted about time.
+comma-separated list, ..._REPEATS how often everything runs; who begins changes from one round to
+the next, since memory that was in use a moment ago costs less. `layerwise ties` is our method in
+float32 arithmetic, its sha256 included, beside mergekit's ties. Nothing is asserted about time.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "model_stock": {},
     "karcher": {},
     "ties": {"weight": 0.3, "density": 0.2},
+    "layerwise ties": {"weight": 0.3, "density": 0.2},
     "breadcrumbs": {"weight": 0.3, "density": 0.7},
     "breadcrumbs_ties": {"weight": 0.3, "density": 0.7},
     "sce": {"select_topk": 0.5},
@@ -59,10 +62,16 @@ def recipe_of(method: str, base: Path, experts: list[Path]) -> dict[str, Any]:
         {"model": str(e), **({"parameters": own} if own else {})}
         for e in experts[: EXPERTS.get(method, len(experts))]
     ]
-    recipe = {"merge_method": method, "models": models, "parameters": shared}
+    recipe = {"merge_method": method.split()[-1], "models": models, "parameters": shared}
     if method not in ("linear", "karcher"):
         recipe["base_model"] = str(base)
     return recipe
+
+
+def by_layers(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The same by `layerwise`; mergekit's ties divides by default, and so does that operator."""
+    operator = {"operator": recipe["merge_method"]}
+    return {**recipe, "merge_method": "layerwise", "parameters": operator}
 
 
 class Results:
@@ -120,10 +129,26 @@ def merge(recipe: dict[str, Any], out: Path, *, ours: bool) -> None:
         quiet=True, write_model_card=False, copy_tokenizer=False, device="cpu"
     )
     config = compat.MergeConfiguration.model_validate(recipe)
-    if ours:
+    if recipe["merge_method"] == "layerwise":
+        merge_by_layers(recipe, out, options)
+    elif ours:
         fast.run(compat.run_merge, config, out, options, None)
     else:
         compat.run_merge(config, str(out), options)
+
+
+def merge_by_layers(recipe: dict[str, Any], out: Path, options: Any) -> None:
+    """Job A's weights: the plan, the merge and its sha256, without card and provenance."""
+    from mergekit_unconstrained import compat
+    from mergekit_unconstrained.config.document import Document
+    from mergekit_unconstrained.engine.plan import make_plan
+    from mergekit_unconstrained.jobs import weights
+
+    document = Document.parse(yaml.safe_dump(recipe), "recipe.yml")
+    config = compat.MergeConfiguration.model_validate(recipe)
+    method = compat.get("layerwise")
+    plan = make_plan(document, config, method, options)
+    weights.merge_into(out, compat.run_merge, plan, options)
 
 
 def difference(ours: Path, theirs: Path) -> dict[str, float]:
@@ -157,13 +182,14 @@ def test_methods(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
             models = models or measure.random_llamas(
                 tmp_path / _made(tmp_path, "models"), SIZE, dtype=dtype
             )
-            recipe = recipe_of(method, *models)
-            (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
             measured = {}
-            for who in ("ours", "theirs"):
+            for who in ("ours", "theirs")[:: -1 if repeat % 2 else 1]:
                 out = tmp_path / who
                 shutil.rmtree(out, ignore_errors=True)
+                recipe = recipe_of(method, *models)
                 little = {**recipe_of(method, *small), "dtype": dtype}
+                if who == "ours" and method.startswith("layerwise"):
+                    recipe, little = by_layers(recipe), by_layers(little)
                 measured[who] = forked(
                     lambda recipe=recipe, out=out, who=who: merge(recipe, out, ours=who == "ours"),
                     lambda little=little, who=who: merge(
