@@ -233,6 +233,49 @@ def table(results: Results, dtype: str) -> str:
     return "\n".join(lines)
 
 
+# -- what the kernels have to do with mergekit's -----------------------------------------------
+
+
+def test_relations(capsys: pytest.CaptureFixture) -> None:
+    """The figures of the README's table: one 2048 x 2048 tensor, as in the models above, bf16."""
+    import torch
+
+    from mergekit_unconstrained import compat
+    from mergekit_unconstrained.compat import TensorGroup
+    from mergekit_unconstrained.engine.fast import FAST, FastMethod
+
+    generator = torch.Generator().manual_seed(0)
+    base = (0.02 * torch.randn(2048, 2048, generator=generator)).bfloat16()
+    experts = [
+        (base + 0.002 * torch.randn(2048, 2048, generator=generator)).bfloat16() for _ in range(3)
+    ]
+    lines = []
+    for name, row in FAST.items():
+        tensors = [base, *experts[: EXPERTS.get(name, 3)]]
+        weight = METHODS[name].get("weight")
+        own = [weight] * len(tensors) if name == "linear" else [weight] * (len(tensors) - 1)
+        parameters = {**METHODS[name], **({"weight": own} if weight is not None else {})}
+
+        def run(method: Any, dtype: Any, tensors: Any = tensors, given: Any = parameters) -> Any:
+            group = TensorGroup.from_tensors([t.to(dtype) for t in tensors], base_index=0, name="x")
+            (result,) = method((group,), parameters=given)
+            return result.double()
+
+        upstream = compat.get(name)
+        a, b = run(FastMethod(upstream, row, 0), base.dtype), run(upstream, base.dtype)
+        said = f"{float((a != b).double().mean()):.2%} of the entries differ"
+        if row.relation == "more accurate":
+            truth = run(upstream, torch.float64)
+            errors = [float((x - truth).norm() / truth.norm()) for x in (a, b)]
+            said = f"relative error {errors[0]:.1e}, mergekit's {errors[1]:.1e}"
+        elif row.relation == "statistically the same":
+            moved = [float((x - base.double()).norm()) for x in (a, b)]
+            said = f"distance from the base {moved[0] / moved[1]:.4f} of mergekit's"
+        lines.append(f"{name:18}{row.relation:26}{said}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
 # -- many small tensors ---------------------------------------------------------------------------
 
 LAYERS = {"1,000": 111, "4,000": 444, "16,000": 1_777}
