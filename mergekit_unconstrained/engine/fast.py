@@ -33,8 +33,8 @@ class FastKernel:
     """One row: a kernel, its relation to mergekit's, what that means, and what was measured of it.
 
     measured: on a bf16 matrix of 2048 x 2048 with experts a tenth as far from the base as that is
-    from zero, by tests/bench/test_bench_engine.py -k relations. Errors are relative to mergekit's own
-    kernel in float64; 1.7e-3 is what rounding that to bf16 costs.
+    from zero, by tests/bench/test_bench_engine.py -k relations. Errors are relative to mergekit's
+    own kernel in float64; 1.7e-3 is what rounding that to bf16 costs.
     """
 
     relation: Relation
