@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import safetensors.torch
 import torch
 
 from mergekit_unconstrained.config.recipe import read_bytes
+from mergekit_unconstrained.engine import writer
 from mergekit_unconstrained.engine.layout import Output, lay_out
 from mergekit_unconstrained.engine.writer import Writer
 
@@ -90,3 +93,49 @@ def test_a_shard_may_be_exactly_as_large_as_is_allowed() -> None:
 )  # fmt: skip
 def test_sizes(text: Any, size: int | None) -> None:
     assert read_bytes(text) == size
+
+
+def test_a_file_gets_its_name_only_when_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(file: int) -> None:
+        happened.append("on the disk")
+        fsync(file)
+
+    def renamed(self: Path, target: Path) -> Path:
+        happened.append(Path(target).name)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    writer = Writer(tmp_path, lay_out([Output("a", (3,), torch.float32)], 0))
+    writer.write("a", [torch.ones(3)])
+    assert happened == []
+    writer.finish()
+    assert happened == ["on the disk", "model.safetensors"]
+
+
+def test_large_parts_are_sent_to_the_disk_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(writer, "_send", lambda _, start, count: sent.append((start, count)))
+    layout = lay_out([Output("a", (5, 1 << 18), torch.float32)], 0)
+    start = layout.slots["a"].start
+    tensor = torch.ones(5, 1 << 18)
+    held = Writer(tmp_path, layout)
+    held.write("a", [tensor[:2], tensor[2:4], tensor[4:, : 1 << 10], tensor[4:, 1 << 10 :]])
+    row = 1 << 20
+    assert sent == [(start, 2 * row), (start + 2 * row, 2 * row)]
+    held.finish()
+
+
+def test_sending_gives_the_files_pages_to_the_system_and_waits_for_nothing(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        done = writer._sender()(file.fileno(), 0, 1 << 20)
+    assert done == (0 if sys.platform == "linux" else None)
