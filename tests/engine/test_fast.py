@@ -404,6 +404,19 @@ def test_a_recipe_may_ask_for_mergekits_executor(
     assert "the recipe's `engine` asks for them" in caplog.text
 
 
+def test_parameters_that_mergekit_passes_over_are_named(
+    tmp_path: Path, tiny_models: TinyModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_of(tiny_models, "ties", densty=0.5, verify=False)
+    recipe["models"][1]["parameters"]["wait"] = 3
+    run(tmp_path, "out", {**recipe, "parameters": {**recipe["parameters"], "density": 1}}, "--fast")
+    said = [r.message for r in caplog.records if "does nothing" in r.message]
+    assert len(said) == 2
+    assert "'ties' has no parameter 'densty', so it does nothing" in said[0]
+    assert "density" in said[0].partition("nothing")[2]
+    assert "'wait'" in said[1]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
