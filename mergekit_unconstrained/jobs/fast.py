@@ -113,9 +113,7 @@ def _work(config: MergeConfiguration, options: MergeOptions, job: JobOptions) ->
     trust = options.trust_remote_code
     types = {r: getattr(r.config(trust_remote_code=trust), "model_type", "") for r in references}
     base = config.base_model
-    return streaming.Work(
-        tasks, types, base, config, architecture, out_config, job, hashes=False
-    )
+    return streaming.Work(tasks, types, base, config, architecture, out_config, job, hashes=False)
 
 
 def _merge(
