@@ -451,6 +451,14 @@ def test_the_config_of_a_model_is_read_once_a_merge(
     assert compat.ModelReference.config is config
 
 
+def test_who_changes_a_config_changes_no_other_readers(tiny_models: TinyModels) -> None:
+    reference = compat.ModelReference.parse(str(tiny_models.base))
+    with compat.configs_read_once():
+        first = reference.config()
+        first.vocab_size += 1
+        assert reference.config().vocab_size == first.vocab_size - 1
+
+
 def test_fast_variants_have_names_of_their_own() -> None:
     method = fast.fast_method("linear", 3)
     assert fast.fast_method("linear", 4) is method
