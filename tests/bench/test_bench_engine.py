@@ -400,3 +400,80 @@ def test_whole_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         )
     with capsys.disabled():
         print("\n" + "\n".join(lines))
+
+
+# -- one large merge ------------------------------------------------------------------------------
+
+LARGE = {"hidden_size": 2048, "num_hidden_layers": 28, "vocab_size": 32_000}
+
+
+def large_llamas(folder: Path, experts: int = 3) -> list[Path]:
+    """Llamas of 1.57 B random numbers in files of four layers each."""
+    import torch
+    from safetensors.torch import save_file
+
+    measure.SIZES["large"] = LARGE
+    config = measure.llama_config("large")
+    shapes = measure.llama_shapes(config)
+    noise = 0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    paths = [folder / f"expert{i + 1}" for i in range(experts)]
+    for number, path in enumerate(paths):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        where, held, size = {}, {}, 0
+        for place, (name, shape) in enumerate(shapes.items()):
+            count = math.prod(shape)
+            turned = noise.roll(7919 * place + 104_729 * number)
+            values = turned.repeat(-(-count // len(noise)))[:count]
+            held[name] = values.reshape(shape).bfloat16()
+            where[name] = f"part{size >> 29}.safetensors"
+            size += count * 2
+        for file in sorted(set(where.values())):
+            save_file({n: t for n, t in held.items() if where[n] == file}, path / file)
+        index = {"metadata": {}, "weight_map": where}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return paths
+
+
+def test_one_large_linear(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whole commands on 3 x 1.57 B numbers in bf16, 13 GB of disk: ours, mergekit's, cat and cp."""
+    models = large_llamas(tmp_path)
+    weighted = [{"model": str(m), "parameters": {"weight": 0.3}} for m in models]
+    (tmp_path / "recipe.yml").write_text(
+        yaml.safe_dump({"merge_method": "linear", "models": weighted})
+    )
+    options = ["--quiet", "--no-write-model-card", "--no-copy-tokenizer"]
+    entry = "from mergekit_unconstrained.cli import main; main()"
+    copying = "cat expert*/part* > /dev/null && mkdir out && cp expert1/part* out"
+    commands = {
+        "ours": [sys.executable, "-c", entry, "yaml", "recipe.yml", "out", "--fast", *options],
+        "theirs": [
+            sys.executable,
+            "-m",
+            "mergekit.scripts.run_yaml",
+            "recipe.yml",
+            "out",
+            *options,
+        ],
+        "cat, cp": ["sh", "-c", copying],
+    }
+    results = Results(RESULTS)
+    for repeat in range(REPEATS):
+        for who, command in commands.items():
+            if len(results.of(f"large {who}")) > repeat:
+                continue
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            started = time.monotonic()
+            usage = measure.usage_of(command, plugins=who == "ours", folder=tmp_path)
+            wall = time.monotonic() - started
+            results.add(f"large {who}", {**vars(usage), "wall": wall})
+            with capsys.disabled():
+                print(f"\n{who}: {usage.cpu_seconds:.1f} CPU s, {wall:.1f} s", flush=True)
+    lines = [f"{'':10}{'CPU s':>8}{'wall s':>8}{'MiB':>8}"]
+    for who in commands:
+        found = results.of(f"large {who}")
+        middle = [statistics.median(u[k] for u in found) for k in ("cpu_seconds", "wall")]
+        most = max(u["peak_mib"] for u in found)
+        lines.append(f"{who:10}{middle[0]:8.1f}{middle[1]:8.1f}{most:8.0f}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
