@@ -156,7 +156,7 @@ def test_only_covered_tensors_take_part_and_whole_ones_come_in_one_piece() -> No
         seen.append((chunk.tensor.name, chunk.shape, chunk.d.shape, chunk.models))
         return {}
 
-    take([Measure("m", numbers, covers=lambda t: t.name == "a", whole=True)], models)
+    take([Measure("m", numbers, covers=lambda t: t.name == "a", whole=prepass.everything)], models)
     assert seen == [("a", (70, 30), (2, 2100), ("expert0", "expert1"))]
 
 

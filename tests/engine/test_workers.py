@@ -312,16 +312,23 @@ def test_small_tensors_are_given_out_together_and_count_once() -> None:
 
 
 def test_a_footprint_covers_inputs_copies_output_and_work() -> None:
-    def job(**changes: Any) -> workers.Job:
-        like = torch.empty((4, 8), dtype=torch.bfloat16, device="meta")
+    def job(work: Any = None, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> workers.Job:
+        like = torch.empty((4, 8), dtype=dtype, device="meta")
         one = {"like": like, "has_rows": True, "is_copied": False, **changes}
-        task = SimpleNamespace(tokenizer=None, truncates=False, is_entrywise=True)
+        weight = SimpleNamespace(name="x", vocabulary_axis=None)
+        own = SimpleNamespace(**({} if work is None else {"work": work}))
+        task = SimpleNamespace(
+            tokenizer=None, truncates=False, method=own, output=weight, parameters={}
+        )
         inputs = {name: SimpleNamespace(**one) for name in "ab"}
         return workers.Job(task, inputs, Output("x", (4, 8), torch.float32))  # type: ignore[arg-type]
 
     work = 32 * (workers.WORK_BYTES + 2 * workers.WORK_BYTES_EXPERT)
     assert job().footprint == 2 * 64 + 128 + work
     assert job(is_copied=True).footprint == 4 * 64 + 128 + work
+    assert job(dtype=torch.float64).footprint == 2 * 256 + 128 + 2 * work
+    assert job(lambda one: 100 * one.experts + one.shape[1]).footprint == 2 * 64 + 128 + 108
+    assert job(lambda _: None).footprint == job().footprint
 
 
 def test_tensors_are_merged_in_the_order_of_the_bases_files(
