@@ -31,7 +31,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import finish, measured
-from mergekit_unconstrained.engine.footprint import per_entry, with_model_scope
+from mergekit_unconstrained.engine.footprint import OneTensor, per_entry, with_model_scope
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows, of_model
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
@@ -76,8 +76,13 @@ def ties_global(
     return finish(group, merge(base, experts, settings))
 
 
+def work(one: OneTensor) -> int | None:
+    """Bytes for a tensor: magnitudes, to select from and to compare; masks."""
+    return None if with_model_scope(one) else per_entry(12, 1)(one)
+
+
 ties_global.entrywise = with_model_scope
-ties_global.work = per_entry(12, 1)  # magnitudes, to select from and to compare; masks
+ties_global.work = work
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

@@ -136,4 +136,4 @@ def widen(
     return add(group, merged.reshape(shape), lambda_)
 
 
-widen.work = per_entry(6, 4)  # D; the d_i
+widen.work = per_entry(8, 4)  # D, some columns in float64; the d_i
