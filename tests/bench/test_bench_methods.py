@@ -4,7 +4,7 @@ Prints a table and asserts nothing about time; one run of each. Parameters are t
 in recipes/methods/, so iterative methods make all their steps: minutes to hours at 270M.
 MERGEKIT_UNCONSTRAINED_BENCH chooses the size (tiny, or 21M, 84M and 270M with 1, 4 and 16 layers of
 one shape), MERGEKIT_UNCONSTRAINED_BENCH_METHODS some of the methods, with commas between.
-Ours run with a memory_budget; what a method takes beyond the same recipe on a model of 0.1 M
+Ours run with a memory_budget; what a method takes beyond the same recipe on a model of 0.9 M
 parameters, which is the libraries, is to be within it, and the engine's warning is printed.
 """
 
@@ -52,7 +52,8 @@ def test_every_method(
     monkeypatch.setenv("MERGEKIT_UNCONSTRAINED_CACHE", str(tmp_path / "cache"))
     base, experts = measure.random_llamas(tmp_path, SIZE, experts=2)
     (tmp_path / "small").mkdir()
-    small = measure.random_llamas(tmp_path / "small", "tiny", experts=2)
+    measure.SIZES["small"] = {**measure.SIZES["tiny"], "num_hidden_layers": 16}
+    small = measure.random_llamas(tmp_path / "small", "small", experts=2)
     recipe: dict[str, Any] = {
         "merge_method": "task_arithmetic",
         "base_model": str(base),

@@ -138,8 +138,8 @@ def test_no_tensor_takes_more_than_its_footprint_nor_a_gibibyte(
     recipe["base_model"] = str(large.base)
     for model, folder in zip(recipe["models"], large.experts, strict=True):
         model["model"] = str(folder)
-    if "steps" in recipe["parameters"]:
-        recipe["parameters"]["steps"] = 2
+    few = {"steps": 2, "bottom": 1, "top": 0, "transition": 0}
+    recipe["parameters"].update({k: few[k] for k in few.keys() & recipe["parameters"].keys()})
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "out").mkdir()
     command = [sys.executable, str(BENCH / "growth.py"), "recipe.yml", "out"]
