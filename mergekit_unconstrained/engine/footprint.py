@@ -19,6 +19,8 @@ from mergekit_unconstrained.numerics.roles import Role
 KEPT_BY_ALLOCATOR = 64 << 20
 """Bytes that a decomposition takes beside its matrices, at most: what the allocator keeps of freed
 blocks below 32 MiB, and the room of BLAS."""
+PIECES = 24 << 20
+"""Bytes that a kernel takes for the pieces it works on, at most; measured, 16 an entry before."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,11 @@ Work = Callable[[OneTensor], int | None]
 
 def per_entry(fixed: int, expert: int) -> Work:
     """So many bytes an entry, and so many more for each expert."""
-    return lambda one: one.entries * (fixed + expert * one.experts)
+
+    def work(one: OneTensor) -> int:
+        return one.entries * (fixed + expert * one.experts) + min(16 * one.entries, PIECES)
+
+    return work
 
 
 def per_matrix(entry: int, expert: int = 4, square: int = 0, columns: int = 0) -> Work:

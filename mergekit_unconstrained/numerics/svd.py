@@ -78,7 +78,7 @@ def _by_gram(
     m, n = a.shape
     gram = torch.zeros((n, n), dtype=torch.float64, device=a.device)
     for rows in _spans(m, n):
-        block = a[rows].double().div_(scale)
+        block = a[rows].to(torch.float64, copy=True).div_(scale)
         gram.addmm_(block.T, block)
     squares, Q = torch.linalg.eigh(gram)
     del gram
@@ -89,7 +89,7 @@ def _by_gram(
     del Q
     U = torch.empty((m, r), dtype=torch.float64, device=a.device)
     for rows in _spans(m, n):
-        torch.mm(a[rows].double().div_(scale), V, out=U[rows])
+        torch.mm(a[rows].to(torch.float64, copy=True).div_(scale), V, out=U[rows])
     U /= U.norm(dim=0)
     return U, S, V
 
