@@ -25,6 +25,7 @@ below 1e-7 of the largest are none of D's, so that (5) does not depend on an arb
 E_N is zero, D is.
 
 Cost: N - 1 decompositions of every matrix (numerics/svd.py), in the pre-pass and in the merge.
+Memory, measured with N = 2 and m = n = 2048, parents included: 15 times the tensor in float32.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ value; `weight` multiplies d_i before everything else; a start that is the optim
 is the result.
 
 Cost: 2 N decompositions of an m x n matrix (numerics/svd.py), then a product of m x n by n x n a
-step, as in wudi; exact: one eigendecomposition of n x n instead.
+step, as in wudi; exact: one eigendecomposition of n x n instead. Memory of adam, measured with
+N = 2 and m = n = 2048, parents included: 20 times the tensor in float32.
 """
 
 from __future__ import annotations
