@@ -74,6 +74,7 @@ class Range:
             values = row.cpu().numpy()
             values.partition(sorted(ranks))  # a selection, not a sort
             bounds.append(row.new_tensor([values[rank] for rank in ranks]))
+            del row, values  # before the next one takes as much
         return cls(*torch.stack(bounds, dim=1)[:, :, None])
 
     @classmethod
@@ -174,7 +175,7 @@ def pcb(
 
 
 pcb.entrywise = with_model_scope
-pcb.work = per_entry(4, 8)  # d_i and beta_i
+pcb.work = per_entry(6, 8)  # magnitudes of one; d_i and beta_i
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:
