@@ -17,8 +17,8 @@ from mergekit_unconstrained.engine.task_vectors import is_matrix_role
 from mergekit_unconstrained.numerics.roles import Role
 
 KEPT_BY_ALLOCATOR = 64 << 20
-"""Bytes that a decomposition takes beside its matrices, at most: what the allocator keeps of freed
-blocks below 32 MiB, and the room of BLAS."""
+"""Bytes that a kernel of several large blocks takes beside them, at most: what the allocator keeps
+of freed blocks below 32 MiB, and the room of BLAS."""
 PIECES = 24 << 20
 """Bytes that a kernel takes for the pieces it works on, at most; measured, 16 an entry before."""
 
@@ -47,11 +47,12 @@ Work = Callable[[OneTensor], int | None]
 """Bytes of a method for a tensor in float32, None for the engine's guess; float64 takes double."""
 
 
-def per_entry(fixed: int, expert: int) -> Work:
-    """So many bytes an entry, and so many more for each expert."""
+def per_entry(fixed: int, expert: int, kept: int = 0) -> Work:
+    """So many bytes an entry, so many more for each expert; as much again up to `kept` bytes."""
 
     def work(one: OneTensor) -> int:
-        return one.entries * (fixed + expert * one.experts) + min(16 * one.entries, PIECES)
+        found = one.entries * (fixed + expert * one.experts)
+        return found + min(found, kept) + min(16 * one.entries, PIECES)
 
     return work
 

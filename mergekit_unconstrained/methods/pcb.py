@@ -40,7 +40,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import measured
-from mergekit_unconstrained.engine.footprint import per_entry, with_model_scope
+from mergekit_unconstrained.engine.footprint import KEPT_BY_ALLOCATOR, per_entry, with_model_scope
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows, of_model, one_value
 from mergekit_unconstrained.engine.task_vectors import (
@@ -175,7 +175,7 @@ def pcb(
 
 
 pcb.entrywise = with_model_scope
-pcb.work = per_entry(6, 8)  # magnitudes of one; d_i and beta_i
+pcb.work = per_entry(4, 8, KEPT_BY_ALLOCATOR)  # magnitudes of one; d_i and beta_i
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

@@ -49,6 +49,7 @@ def test_bytes_of_entries_and_experts_add_up() -> None:
     assert per_matrix(20, 4, square=40, columns=8)(one) == 2 * (35 * 32 + 40 * 25 + 8 * 49)
     large = OneTensor(Role("up", 0), (5000, 7000), 3, {})
     assert per_entry(4, 2)(large) == 350_000_000 + PIECES
+    assert per_entry(4, 2, 99)(large) == 350_000_099 + PIECES
     assert per_matrix(20)(large) == 35_000_000 * 32 + KEPT_BY_ALLOCATOR
     assert per_matrix(20)(OneTensor(Role("head"), (5, 7), 3, {})) is None
     assert per_matrix(20)(OneTensor(Role("up", 0), (2, 5, 7), 3, {})) is None
