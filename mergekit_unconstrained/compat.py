@@ -327,13 +327,9 @@ class PlannedTask:
         return getattr(self.merge.gather_tensors, "pad_to_multiple_of", None)
 
     @property
-    def is_entrywise(self) -> bool:
-        """Whether the method merges every entry by itself, so that parts of a tensor can be merged.
-
-        A method says so by an attribute `entrywise`, a function of the resolved parameters.
-        """
-        says = getattr(get(self.merge.method_name), "entrywise", None)
-        return says is not None and bool(says(self.parameters))
+    def method(self) -> MergeMethod:
+        """The method that merges it."""
+        return get(self.merge.method_name)
 
     def compute(
         self, tensors: Mapping[ModelReference, torch.Tensor], tokenizer: Any = None

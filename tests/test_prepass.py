@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import mmap
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from mergekit_unconstrained import compat, jobs
 from mergekit_unconstrained.engine import prepass
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure
+from mergekit_unconstrained.engine.source import MappedFile
 from mergekit_unconstrained.errors import NonFiniteError, RecipeError
 from mergekit_unconstrained.jobs import whole_model
 from mergekit_unconstrained.jobs.recipes import plan_recipe
@@ -148,7 +151,10 @@ def test_float64_files_are_measured_in_float64() -> None:
     assert found["m"]["expert0"].entries == {r: np.sort(d)[r] for r in range(0, len(d), 50)}
 
 
-def test_only_covered_tensors_take_part_and_whole_ones_come_in_one_piece() -> None:
+def test_only_covered_tensors_take_part_and_whole_ones_come_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepass, "PIECE", 2000)
     models = some_models(torch.float32)
     seen = []
 
@@ -156,8 +162,12 @@ def test_only_covered_tensors_take_part_and_whole_ones_come_in_one_piece() -> No
         seen.append((chunk.tensor.name, chunk.shape, chunk.d.shape, chunk.models))
         return {}
 
-    take([Measure("m", numbers, covers=lambda t: t.name == "a", whole=True)], models)
+    take([Measure("m", numbers, covers=lambda t: t.name == "a", whole=prepass.everything)], models)
     assert seen == [("a", (70, 30), (2, 2100), ("expert0", "expert1"))]
+    seen.clear()
+    take([Measure("m", numbers, whole=lambda t: t.name != "a")], models)
+    assert [shape[1] for name, _, shape, _ in seen if name == "a"] == [2000, 100]
+    assert all(shape[1] == math.prod(s) for name, s, shape, _ in seen if name != "a")
 
 
 def test_a_tensor_that_some_experts_lack_counts_for_the_others() -> None:
@@ -331,6 +341,27 @@ def test_the_kept_numbers_are_plain_json(tiny_models: Tiny, tmp_path: Path, cach
     (rows,) = json.loads(file.read_text()).values()
     assert set(rows) == {str(e) for e in tiny_models.experts[:2]}
     assert prepass._read(file) == found
+
+
+def test_the_pages_of_a_tensor_are_given_back_when_the_next_is_read(
+    tiny_models: Tiny, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[str, str]] = []
+    real = MappedFile.advise
+
+    def advise(self: MappedFile, key: str, advice: int, *share: float) -> None:
+        assert (advice, share) == (mmap.MADV_DONTNEED, ())
+        given.append((self.path.parent.name, key))
+        real(self, key, advice)
+
+    monkeypatch.setattr(MappedFile, "advise", advise)
+    plan = plan_recipe(str(recipe_of(tiny_models, tmp_path)))
+    whole_model.statistics(plan, OPTIONS)
+    passes = sum(m.passes for m in whole_model.measures_of(plan))
+    names = [t.name for t in plan.tensors]
+    for folder in (tiny_models.base, *tiny_models.experts[:2]):
+        mine = [key for name, key in given if name == folder.name]
+        assert mine == (names * passes)[:-1]
 
 
 def test_scope_tensor_measures_nothing(tiny_models: Tiny, tmp_path: Path, cache: Path) -> None:

@@ -55,8 +55,8 @@ class FastMethod(GroupMergeMethod):
         self._kernel = fast.kernel
         self._entrywise = fast.entrywise
 
-    def entrywise(self, _: Mapping[str, Any]) -> bool:
-        """Whether a tensor can be merged by parts (compat.PlannedTask.is_entrywise)."""
+    def entrywise(self, _: Any) -> bool:
+        """Whether a tensor can be merged by parts (engine/footprint.py)."""
         return self._entrywise
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:

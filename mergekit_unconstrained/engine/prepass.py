@@ -22,6 +22,7 @@ import torch
 from mergekit_unconstrained.catalog import entry_for
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.engine.plan import Plan, PlannedTensor
+from mergekit_unconstrained.engine.task_vectors import offsets
 from mergekit_unconstrained.errors import ModelError, NonFiniteError, RecipeError
 from mergekit_unconstrained.numerics.quantiles import Selection, Summary
 
@@ -65,6 +66,11 @@ def everything(_: PlannedTensor) -> bool:
     return True
 
 
+def nothing(_: PlannedTensor) -> bool:
+    """No tensor."""
+    return False
+
+
 @dataclass(frozen=True)
 class Measure:
     """One look at the whole model.
@@ -72,8 +78,8 @@ class Measure:
     name: what is measured, with everything that changes it; what is found is kept under it.
     numbers: the rows of numbers of a chunk, by label. ranks: label, count -> which of a row's
     numbers are wanted by rank, 0 the smallest; None: sums and extremes are enough. covers: the
-    tensors that take part. dtype: torch.float32 or float64, of the arithmetic. whole: whether
-    `numbers` must see a tensor in one piece.
+    tensors that take part. dtype: torch.float32 or float64, of the arithmetic. whole: those that
+    `numbers` must see in one piece.
     """
 
     name: str
@@ -81,7 +87,7 @@ class Measure:
     ranks: Callable[[str, int], Iterable[int]] | None = None
     covers: Callable[[PlannedTensor], bool] = everything
     dtype: torch.dtype = torch.float32
-    whole: bool = False
+    whole: Callable[[PlannedTensor], bool] = nothing
 
     @property
     def passes(self) -> int:
@@ -244,6 +250,8 @@ def _taken(
                     sums[label] = _added(sums.get(label), row)
                 if measure.ranks is not None:
                     selections.setdefault(label, Selection(measure.dtype)).add(row)
+                del row
+            del chunk  # before the next one takes as much
         for label, selection in selections.items():
             assert measure.ranks is not None
             wanted = measure.ranks(label, sums[label].count) if index == 0 else ()
@@ -261,12 +269,15 @@ def _added(before: Summary | None, row: torch.Tensor) -> Summary:
     """The sums of a row so far, with some more of its numbers."""
     if row.numel() == 0:
         return before or Summary()
+    if row.numel() > PIECE:
+        for part in row.split(PIECE):
+            before = _added(before, part)
+        assert before is not None
+        return before
     wide = row.double()
     least, greatest = (float(x) for x in row.aminmax())
-    more = Summary(
-        row.numel(), float(wide.sum()), float(wide.abs().sum()), float(wide.square().sum()),
-        least, greatest,
-    )  # fmt: skip
+    total, squares = float(wide.sum()), float(torch.dot(wide, wide))
+    more = Summary(row.numel(), total, float(wide.abs_().sum()), squares, least, greatest)
     if before is None or not before.count:
         return more
     return Summary(
@@ -301,13 +312,16 @@ def _chunks(
                     "`scope: model` needs equal shapes; set `scope: tensor`"
                 )
         flat = [t.reshape(-1).cpu() for t in (t0, *experts)]
-        step = max(1, t0.numel()) if measure.whole else PIECE
+        step = max(1, t0.numel()) if measure.whole(tensor) else PIECE
         for start in range(0, t0.numel(), step):
-            d = torch.stack([t[start : start + step].to(measure.dtype) for t in flat[1:]])
-            d -= flat[0][start : start + step].to(measure.dtype)
+            base_part, *parts = (t[start : start + step] for t in flat)
+            d = offsets(base_part, parts, measure.dtype)
             if not allow_nan and not bool(d.sum().isfinite()) and not bool(d.isfinite().all()):
                 raise _not_finite(tensor, base, t0, models, experts)
-            yield Chunk(d, models, tensor, tuple(t0.shape), earlier)
+            chunk = Chunk(d, models, tensor, tuple(t0.shape), earlier)
+            del d
+            yield chunk
+            del chunk
         advance(sum(t.nbytes for t in (t0, *experts)))
 
 

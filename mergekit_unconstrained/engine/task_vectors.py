@@ -5,7 +5,7 @@ d_i = T_i - T0 is formed in float32 or wider, whatever the dtype of the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish, is_quiet, role_of
-from mergekit_unconstrained.numerics.pieces import pieces
+from mergekit_unconstrained.numerics.pieces import offset, pieces, scratch, widened
 from mergekit_unconstrained.numerics.roles import GROUPS, Role
 
 MATRIX_KINDS = frozenset({*GROUPS["attention"], *GROUPS["mlp"], "other"})
@@ -25,14 +25,25 @@ SECONDS_WITHOUT_BAR = 3
 def task_vectors(group: TensorGroup, weight: Mapping[Any, float] | None = None) -> torch.Tensor:
     """weight_i * d_i of every expert, [N, *shape], contiguous; weight: by the experts' ids."""
     assert group.base is not None
-    dtype = torch.promote_types(group.base.tensor.dtype, torch.float32)
-    t0 = group.base.tensor.to(dtype)
-    d = t0.new_empty((len(group.non_base), *t0.shape))
+    t0 = group.base.tensor
+    dtype = torch.promote_types(t0.dtype, torch.float32)
+    d = offsets(t0, [entry.tensor for entry in group.non_base], dtype)
     for d_i, entry in zip(d, group.non_base, strict=True):
-        torch.sub(entry.tensor.to(dtype), t0, out=d_i)
         if weight is not None and weight[entry.id] != 1:
             d_i.mul_(weight[entry.id])
     return d
+
+
+def offsets(t0: torch.Tensor, experts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The T_i - T0, [N, *shape] of a dtype, without a copy of any T."""
+    flat, tensors = t0.reshape(-1), [t.reshape(-1) for t in experts]
+    d = torch.empty((len(tensors), flat.numel()), dtype=dtype, device=t0.device)
+    (start,) = scratch(flat, 1, dtype)
+    for piece in pieces(flat):
+        base = widened(flat[piece], start)
+        for d_i, t in zip(d, tensors, strict=True):
+            offset(t[piece], base, d_i[piece])
+    return d.reshape(len(tensors), *t0.shape)
 
 
 @torch.no_grad()
@@ -43,7 +54,14 @@ def add(group: TensorGroup, merged: torch.Tensor, lambda_: float) -> torch.Tenso
     """
     assert group.base is not None
     t0 = group.base.tensor
-    return finish(group, (t0.to(merged.dtype) + lambda_ * merged).to(t0.dtype))
+    flat, d = t0.reshape(-1), merged.reshape(-1)
+    out = torch.empty_like(flat)
+    start, room = scratch(flat, 2, merged.dtype)
+    for piece in pieces(flat):
+        base = widened(flat[piece], start)
+        scaled = torch.mul(d[piece], lambda_, out=room[: len(base)])
+        out[piece] = scaled.add_(base)
+    return finish(group, out.reshape(t0.shape))
 
 
 @torch.no_grad()

@@ -26,7 +26,9 @@ import torch
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeOptions, ModelReference, PlannedTask
 from mergekit_unconstrained.config.recipe import JobOptions
+from mergekit_unconstrained.engine.context import role_of
 from mergekit_unconstrained.engine.device import Lane
+from mergekit_unconstrained.engine.footprint import OneTensor
 from mergekit_unconstrained.engine.journal import Journal
 from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.source import CannotStreamError, Input
@@ -40,7 +42,8 @@ PART = 1 << 21
 BATCH_BYTES = 1 << 18
 """Bytes of small tensors that a thread is given at a time."""
 WORK_BYTES = 12
-"""Bytes an entry that a kernel may take for itself: magnitudes, their partition, a mask ..."""
+"""Bytes an entry that a kernel may take for itself, unless its method says better
+(engine/footprint.py): magnitudes, their partition, a mask ..."""
 WORK_BYTES_EXPERT = 4
 """... and for each expert."""
 
@@ -69,9 +72,16 @@ class Job:
             return count
         likes = [i.like if i.has_rows else None for i in self.inputs.values()]
         alike = all(like is not None and tuple(like.shape) == shape for like in likes)
-        if not alike or not self.task.is_entrywise:
+        says = getattr(self.task.method, "entrywise", None)
+        if not alike or says is None or not says(self.one):
             return count
         return max(1, PART * count // entries)
+
+    @cached_property
+    def one(self) -> OneTensor:
+        """What the method says of itself depends on this."""
+        role = role_of(compat.TensorMetadata.from_weight_info(self.task.output))
+        return OneTensor(role, self.output.shape, len(self.inputs) - 1, self.task.parameters)
 
     @property
     def is_whole(self) -> bool:
@@ -85,7 +95,11 @@ class Job:
         entries = max((like.numel() for like, _ in found), default=0)
         # An input counts as it is mapped, and once more where it is copied on reading.
         read = sum(like.nbytes * (1 + is_copied) for like, is_copied in found)
-        work = entries * (WORK_BYTES + WORK_BYTES_EXPERT * len(found))
+        says = getattr(self.task.method, "work", None)
+        work = None if says is None else says(self.one)
+        if work is None:
+            work = entries * (WORK_BYTES + WORK_BYTES_EXPERT * len(found))
+        work *= 1 + any(like.dtype == torch.float64 for like, _ in found)
         total = read + self.output.bytes + work
         return total if self.is_whole else -(-total * self.rows // self.output.shape[0])
 
@@ -197,13 +211,8 @@ def merge_all(
     """Merge all tensors, as many at a time as there are threads and memory for."""
     threads = options.num_threads or os.cpu_count() or 1
     budget = settings.memory_budget or _half_of_memory()
-    largest = max((job.footprint for job in jobs), default=0)
-    if settings.memory_budget and largest > budget:
-        LOG.warning(
-            "the largest tensor alone takes about %.1f GiB, more than memory_budget; it is merged "
-            "by itself",
-            largest / 2**30,
-        )
+    if warning := over_budget(jobs, settings):
+        LOG.warning(warning)
     used = 0
     running: set[Future[int]] = set()
     with _one_torch_thread(), ThreadPoolExecutor(threads, initializer=workers.start) as pool:
@@ -222,6 +231,19 @@ def merge_all(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def over_budget(jobs: Sequence[Job], settings: JobOptions) -> str:
+    """What to say where the budget of a recipe does not hold every tensor; nothing otherwise."""
+    largest = max(jobs, key=lambda job: job.footprint, default=None)
+    budget = settings.memory_budget
+    if largest is None or not budget or largest.footprint <= budget:
+        return ""
+    needed = -(-largest.footprint >> 20)
+    return (
+        f"{largest.output.name} alone takes about {needed:,} MiB, more than memory_budget: it is "
+        f"merged by itself, and `memory_budget: {needed}MiB` is the least that holds every tensor"
+    )
 
 
 def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:

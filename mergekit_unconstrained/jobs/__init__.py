@@ -8,6 +8,7 @@ one recipe. Every front end of mergekit comes here through the hook (`run`); our
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.jobs import fast
 from mergekit_unconstrained.jobs.fast import RunMerge
 from mergekit_unconstrained.jobs.recipes import document_of, load_recipe
+
+LOG = logging.getLogger(__name__)
 
 __all__ = [
     "check",
@@ -104,10 +107,13 @@ def check(path: str, options: MergeOptions) -> str:
         found = job.plan(document, config, method, options)
         job.examine(found)
         return str(found.summary)
+    from mergekit_unconstrained.engine import budget
     from mergekit_unconstrained.jobs import whole_model
 
     plan = make_plan(document, config, method, options)
     whole_model.measures_of(plan)
+    if said := budget.warning(plan):
+        LOG.warning(said)
     return (
         f"{method.spec.name}, {len(plan.experts)} experts, {len(plan.tensors):,} tensors, "
         f"{plan.layers} layers"
@@ -123,10 +129,14 @@ def show_plan(path: str, out: Path | None, options: MergeOptions) -> None:
         job = whole_models(method)
         job.show(job.plan(document, config, method, options), out)
     else:
+        from mergekit_unconstrained.engine import budget
         from mergekit_unconstrained.jobs import weights
 
         plan = make_plan(document, config, method, options)
-        present.print_plan(plan, out, weights.estimate_seconds(plan))
+        seconds = weights.estimate_seconds(plan)
+        present.print_plan(plan, out, budget.most_memory(plan), seconds)
+        if said := budget.warning(plan):
+            LOG.warning(said)
 
 
 def fuse_until(path: str, out: Path, options: MergeOptions, step: str) -> None:

@@ -26,7 +26,7 @@ from mergekit_unconstrained.compat import (
 )
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent
-from mergekit_unconstrained.engine import journal, staging, streaming
+from mergekit_unconstrained.engine import budget, journal, staging, streaming
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
@@ -94,7 +94,9 @@ def run_job(
     whole_model.measures_of(plan)
     parents = (plan.base, *plan.experts)
     if plan.job.dry_run:
-        present.print_plan(plan, out)
+        present.print_plan(plan, out, budget.most_memory(plan))
+        if said := budget.warning(plan):
+            LOG.warning(said)
         Publication(plan.job, "", parents).warn()
         return
     plan = dataclasses.replace(plan, document=without_keys(plan.document))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 
 from mergekit_unconstrained import __version__, compat, present
@@ -9,6 +11,7 @@ from mergekit_unconstrained.compat import MergeOptions
 from mergekit_unconstrained.engine import prepass
 from mergekit_unconstrained.engine.digest import sha256
 from mergekit_unconstrained.engine.plan import Plan, PlannedTensor
+from mergekit_unconstrained.engine.source import CannotStreamError, MappedLoader, map_parents
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.resources import cache_dir
 
@@ -67,13 +70,28 @@ def statistics(plan: Plan, options: MergeOptions) -> prepass.Statistics | None:
 
 
 def loader(plan: Plan, options: MergeOptions) -> prepass.Load:
-    """Tensors through mergekit's lazy loader, in the recipe's dtype as a kernel gets them."""
-    stored = compat.stored_tensors(options)
+    """Tensors through mergekit's lazy loader, in the recipe's dtype as a kernel gets them.
+
+    On the pages of mapped files, which the system may have again as soon as the next tensor of the
+    same model is asked for.
+    """
     dtype = compat.dtype_from_name(plan.config.dtype)
+    parents = {p.reference: p.name for p in (plan.base, *plan.experts)}
+    mapped: dict[str, MappedLoader] = {}
+    try:
+        loaders = map_parents(parents, compat.set_loader_options(options))
+        mapped = {parents[reference]: loader for reference, loader in loaders.items()}
+    except CannotStreamError:
+        pass  # pickles, which mergekit reads as a whole
+    stored = compat.stored_tensors(options)
+    before: dict[str, str] = {}
 
     def load(model: str, tensor: PlannedTensor) -> torch.Tensor:
         name = tensor.inputs[model]
         assert name is not None
+        if model in mapped and model in before:
+            mapped[model].files[before[model]].advise(before[model], mmap.MADV_DONTNEED)
+        before[model] = name
         found = stored(model, name)
         return found if dtype is None else found.to(dtype)
 

@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
+from mergekit_unconstrained.engine.footprint import always
 from mergekit_unconstrained.engine.task_vectors import add_entrywise
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 
@@ -63,3 +64,6 @@ def consensus(
     return add_entrywise(
         group, lambda_, lambda d: consensus_vector(d.mul_(weights[:, None]), lambdas, k)
     )
+
+
+consensus.entrywise = always

@@ -29,6 +29,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import finish
+from mergekit_unconstrained.engine.footprint import per_entry
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.keeping import magnitudes
 from mergekit_unconstrained.numerics.operators import merge
@@ -68,6 +69,9 @@ def dare_exact(
         name=name,
     )
     return finish(group, merge(base, experts, settings))
+
+
+dare_exact.work = per_entry(4, 1)  # magnitudes; masks
 
 
 _warned: set[str] = set()

@@ -23,8 +23,8 @@ nothing.
 
 Cost: N decompositions of m x n and one of m x min(m, n) (numerics/svd.py); a step reads every d_i
 twice and makes two products of m x b by b x n, b = min(m, n) / subspace. Memory in a step: the d_i
-and four more float32 matrices of the tensor's shape; measured with N = 2 and m = n = 2048: 25 of
-them in the decompositions.
+and four more float32 matrices of the tensor's shape; measured with N = 2 and m = n = 2048, parents
+included: 17 of them in the decompositions, 9 at 2048 x 5632.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import measured
+from mergekit_unconstrained.engine.footprint import outside_matrices, per_matrix
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import (
     Chunk,
@@ -58,11 +59,15 @@ from mergekit_unconstrained.engine.task_vectors import (
 )
 from mergekit_unconstrained.engine.tensor_method import tensor_method
 from mergekit_unconstrained.numerics.descent import adam
+from mergekit_unconstrained.numerics.pieces import pieces
 from mergekit_unconstrained.numerics.quantiles import Summary
+from mergekit_unconstrained.numerics.sums import norm
 from mergekit_unconstrained.numerics.svd import thin_svd
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 MAGNITUDES = "doge: |d| of the matrices"
+ROWS = 256
+"""Of the residual without X that are taken at a time."""
 
 
 class Disturbance:
@@ -77,9 +82,11 @@ class Disturbance:
     def __init__(self, d: torch.Tensor, l: torch.Tensor, B: torch.Tensor) -> None:
         self.B, self.total = B, float(l.sum())
         self.rows = d.transpose(0, 1)  # [m, N, n], a view
-        merged = torch.tensordot(l, d, dims=1)
-        at_zero = [(d_j * (d_j - merged)).sum(dim=1, dtype=torch.float64) for d_j in d]
-        self.at_zero = torch.stack(at_zero, dim=1)[:, :, None].to(d.dtype)  # [m, N, 1]
+        at_zero = []
+        for part in d.split(ROWS, dim=1):
+            merged = torch.tensordot(l, part, dims=1)
+            at_zero.append((part * (part - merged)).sum(dim=2, dtype=torch.float64))
+        self.at_zero = torch.cat(at_zero, dim=1).T[:, :, None].to(d.dtype)  # [m, N, 1]
 
     def __call__(self, X: torch.Tensor) -> tuple[float, torch.Tensor]:
         residuals = self.at_zero - self.total * torch.bmm(self.rows, X[:, :, None])
@@ -91,10 +98,14 @@ class Disturbance:
 def shared_subspace(d: torch.Tensor, subspace: int) -> torch.Tensor:
     """B of Eq. (2), [m, b], orthonormal columns."""
     smaller = min(d.shape[1:])
-    tops = [thin_svd(d_i).top(smaller // len(d)).U for d_i in d]
+    tops = [thin_svd(d_i, smaller // len(d)).U for d_i in d]
     tops = [U_i for U_i in tops if U_i.shape[1]] or tops[:1]
-    B = tops[0] if len(tops) == 1 else thin_svd(torch.cat(tops, dim=1)).U
-    return B[:, : smaller // subspace].to(d.dtype)
+    if len(tops) == 1:
+        return tops[0][:, : smaller // subspace].to(d.dtype)
+    joined = torch.cat(tops, dim=1)
+    del tops
+    # The largest of so many unit vectors are not small: the Gram matrix has them to the last digit.
+    return thin_svd(joined, smaller // subspace, by_gram=True).U.to(d.dtype)
 
 
 def threshold_rank(top: float, n: int) -> int | None:
@@ -110,7 +121,9 @@ def own_threshold(d_i: torch.Tensor, top: float) -> float:
     rank = threshold_rank(top, d_i.numel())
     if rank is None or rank < 0:
         return torch.inf if rank is None else 0.0
-    return float(d_i.abs().flatten().kthvalue(rank + 1).values)
+    magnitudes = d_i.abs().flatten().cpu().numpy()
+    magnitudes.partition(rank)
+    return float(magnitudes[rank])
 
 
 def found_threshold(summary: Summary, top: float) -> float:
@@ -129,8 +142,12 @@ def masked_sum(
 ) -> torch.Tensor:
     """D of Eq. (5), [m, n]."""
     merged = torch.zeros_like(X)
-    for d_i, l_i, threshold in zip(d, l, thresholds, strict=True):
-        merged += l_i * (d_i + X) * (d_i.abs() >= threshold).to(d.dtype)
+    flat = X.reshape(-1)
+    for piece in pieces(X):
+        total = merged.view(-1)[piece]
+        for d_i, l_i, threshold in zip(d, l, thresholds, strict=True):
+            part = d_i.reshape(-1)[piece]
+            total += l_i * (part + flat[piece]) * (part.abs() >= threshold).to(d.dtype)
     return merged
 
 
@@ -156,13 +173,17 @@ def doge(
         thresholds = [found_threshold(found[str(e.id)], top) for e in group.non_base]
     else:
         thresholds = [own_threshold(d_i, top) for d_i in d]
-    norms = d.double().flatten(1).norm(dim=1)
-    l = torch.where(norms > 0, eta / norms, 0.0).to(d.dtype)
+    sizes = [norm(d_i) for d_i in d]
+    l = d.new_tensor([eta / size if size else 0.0 for size in sizes])
     loss = Disturbance(d, l, shared_subspace(d, subspace))
     with step_bar(group, steps) as count:
         name = group.metadata.name or ""
         X = adam(torch.zeros_like(d[0]), loss, steps, learning_rate, name=name, on_step=count)
     return add(group, masked_sum(d, X, l, thresholds), lambda_)
+
+
+doge.entrywise = outside_matrices
+doge.work = per_matrix(20, square=40)  # Adam's four; a decomposition
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

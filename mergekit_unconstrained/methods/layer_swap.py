@@ -26,6 +26,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import depth_of, finish, role_of
+from mergekit_unconstrained.engine.footprint import always
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.errors import RecipeError
 from mergekit_unconstrained.numerics.operators import merge
@@ -49,6 +50,9 @@ def layer_swap(
         Expert(entry.tensor, s) for entry, s in zip(group.non_base, shares, strict=True) if s > 0
     ]
     return finish(group, merge(base_of(group), experts, Settings("linear")))
+
+
+layer_swap.entrywise = always
 
 
 def task_share(role: Role, bottom: int, top: int, transition: int) -> float:

@@ -17,8 +17,8 @@ TIES and Breadcrumbs, rho_i is a share of all entries of the expert (engine/thre
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -26,6 +26,7 @@ from pydantic import BeforeValidator, Field
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.config.table import load_table
 from mergekit_unconstrained.engine.context import finish, role_of
+from mergekit_unconstrained.engine.footprint import OneTensor
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Measure, of_model
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
@@ -107,13 +108,13 @@ def layerwise(
     return finish(group, merge(base_of(group), experts, settings))
 
 
-def entrywise(parameters: Mapping[str, Any]) -> bool:
+def entrywise(one: OneTensor) -> bool:
     """Whether a tensor can be merged by parts: no entry's share depends on the others."""
-    settings = Settings.of("", parameters)
+    settings = Settings.of("", one.parameters)
     rules = settings.rules
     rescale = rules.rescale if settings.rescale is None else settings.rescale
     # With thresholds of the whole model, every entry knows by itself whether it is kept.
-    keeps = rules.keep == "all" or (parameters["scope"] == "model" and rescale == "none")
+    keeps = rules.keep == "all" or (one.parameters["scope"] == "model" and rescale == "none")
     return keeps and rules.combine in ("add", "elect")
 
 

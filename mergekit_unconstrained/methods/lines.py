@@ -31,6 +31,7 @@ from mergekit_unconstrained.engine.context import (
     role_of,
     was_measured,
 )
+from mergekit_unconstrained.engine.footprint import always
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
@@ -62,6 +63,9 @@ def lines(
     scale = initial.depth(role.layer, depth_of(role), a, b) if rises else a
     settings = Settings("task_arithmetic", lambda_=lambda_ * scale)
     return finish(group, merge(base_of(group), experts, settings))
+
+
+lines.entrywise = always
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

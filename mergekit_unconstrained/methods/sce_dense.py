@@ -22,6 +22,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish
+from mergekit_unconstrained.engine.footprint import per_entry
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.operators import merge
 from mergekit_unconstrained.numerics.settings import Expert, Settings
@@ -37,3 +38,6 @@ def sce_dense(
     experts = [Expert(entry.tensor, 1.0, model=str(entry.id)) for entry in group.non_base]
     settings = Settings("sce_dense", lambda_=lambda_, select_topk=select_topk)
     return finish(group, merge(base_of(group), experts, settings))
+
+
+sce_dense.work = per_entry(12, 4)  # variances, to select from and to compare; squares

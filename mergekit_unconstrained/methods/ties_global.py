@@ -31,6 +31,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
 from mergekit_unconstrained.engine.context import finish, measured
+from mergekit_unconstrained.engine.footprint import OneTensor, per_entry, with_model_scope
 from mergekit_unconstrained.engine.plan import PlannedTensor
 from mergekit_unconstrained.engine.prepass import Chunk, Measure, Rows, of_model
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
@@ -73,6 +74,15 @@ def ties_global(
         majority = float(sum_signs(base, experts, SETTINGS).sum())
     settings = dataclasses.replace(SETTINGS, lambda_=lambda_, zero_sign=-1 if majority < 0 else 1)
     return finish(group, merge(base, experts, settings))
+
+
+def work(one: OneTensor) -> int | None:
+    """Bytes for a tensor: magnitudes, to select from and to compare; masks."""
+    return None if with_model_scope(one) else per_entry(12, 1)(one)
+
+
+ties_global.entrywise = with_model_scope
+ties_global.work = work
 
 
 def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:

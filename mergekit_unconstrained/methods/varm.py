@@ -19,6 +19,7 @@ from pydantic import Field
 
 from mergekit_unconstrained.compat import TensorGroup
 from mergekit_unconstrained.engine.context import finish
+from mergekit_unconstrained.engine.footprint import OneTensor, per_entry
 from mergekit_unconstrained.engine.tensor_method import base_of, tensor_method
 from mergekit_unconstrained.numerics.operators import merge
 from mergekit_unconstrained.numerics.settings import Expert, Settings
@@ -34,3 +35,12 @@ def varm(
     experts = [Expert(entry.tensor, 1.0, model=str(entry.id)) for entry in group.non_base]
     settings = Settings("varm", lambda_=lambda_, granularity=granularity)
     return finish(group, merge(base_of(group), experts, settings))
+
+
+def entrywise(one: OneTensor) -> bool:
+    """Whether a tensor can be merged by parts."""
+    return bool(one.parameters["granularity"] == "element")
+
+
+varm.entrywise = entrywise
+varm.work = per_entry(0, 0)  # nothing but pieces

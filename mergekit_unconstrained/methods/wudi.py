@@ -19,7 +19,7 @@ Ours: an expert that did not change a matrix takes no part in it; a start that i
 for rounding (one expert alone) is the result. `weight` multiplies d_i before everything else.
 
 Cost: `steps` products of m x n by n x n, and N of n x m by m x n. Memory, measured with N = 2 and
-m = n = 2048: 19 times the tensor in float32, beside the parents; for other tensors next to none.
+m = n = 2048, parents included: 10 times the tensor in float32; for other tensors next to none.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from pydantic import Field
 
 from mergekit_unconstrained.compat import PerNonBase, TensorGroup
+from mergekit_unconstrained.engine.footprint import outside_matrices, per_matrix
 from mergekit_unconstrained.engine.task_vectors import (
     add,
     add_mean,
@@ -40,6 +41,7 @@ from mergekit_unconstrained.engine.task_vectors import (
 )
 from mergekit_unconstrained.engine.tensor_method import tensor_method
 from mergekit_unconstrained.numerics.descent import Quadratic, adam
+from mergekit_unconstrained.numerics.sums import dot, norm
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -50,15 +52,17 @@ def interference(d: torch.Tensor) -> Quadratic:
     R = torch.zeros_like(d[0])
     constant = 0.0
     for d_i in d:
-        norm = float(d_i.double().norm())
-        if norm == 0:
+        size = norm(d_i)
+        if size == 0:
             continue
-        unit = d_i / norm
+        unit = d_i / size
         G_i = unit.T @ unit  # (3)
-        R_i = d_i @ G_i
+        del unit
         G += G_i
+        R_i = d_i @ G_i
+        del G_i
         R += R_i
-        constant += float((d_i * R_i).sum(dtype=torch.float64))
+        constant += dot(d_i, R_i)
     return Quadratic(G, R, constant)
 
 
@@ -77,9 +81,14 @@ def wudi(
     if not is_finite(d):
         return add(group, d.mean(dim=0), lambda_)  # which shows where it is not
     loss, start = interference(d), d.sum(dim=0)
+    del d  # before Adam takes as much
     if loss.at_optimum(start):
         return add(group, start, lambda_)
     with step_bar(group, steps) as count:
         name = group.metadata.name or ""
         merged = adam(start, loss, steps, learning_rate, name=name, on_step=count)
     return add(group, merged, lambda_)
+
+
+wudi.entrywise = outside_matrices
+wudi.work = per_matrix(20, columns=8)  # R and Adam's four; G and G_i

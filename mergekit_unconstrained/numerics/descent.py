@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mergekit_unconstrained.numerics.sums import dot
+
 log = logging.getLogger(__name__)
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -37,12 +39,13 @@ class Quadratic:
         """f and its gradient 2 (m G - R), for one matrix product."""
         slope = m @ self.G
         slope.sub_(self.R)  # half of it
-        inner = (m * (slope - self.R)).sum(dtype=torch.float64)
-        return float(inner) + self.constant, slope.mul_(2)
+        inner = dot(m, slope) - dot(m, self.R)
+        return inner + self.constant, slope.mul_(2)
 
     def at_optimum(self, m: torch.Tensor) -> bool:
         """Whether the gradient is zero but for rounding, which Adam would blow up."""
-        return bool(self(m)[1].abs().max() <= ROUNDING[m.dtype] * self.R.abs().max())
+        slope = _largest(self(m)[1])
+        return slope <= ROUNDING[m.dtype] * _largest(self.R)
 
     def nearest_minimiser(self, m: torch.Tensor) -> torch.Tensor:
         """The minimiser of f nearest to m: m + (R - m G) G^+; everything float64.
@@ -66,10 +69,12 @@ def adam(
 ) -> torch.Tensor:
     """`steps` steps of Adam (betas 0.9 and 0.999, epsilon 1e-8, no decay) from a start.
 
+    start: it becomes the result, so that there are four matrices of its shape and no more: x, its
+    gradient, and the two means of Adam.
     objective: loss and gradient at a point. name: of the tensor, for the warning that comes after a
     tenth of the steps when the loss has not fallen by then.
     """
-    x = start.detach().clone()
+    x = start.detach()
     optimizer = torch.optim.Adam([x], lr=learning_rate, fused=True)  # one pass, not some ten
     first = None
     for step in range(steps):
@@ -90,3 +95,8 @@ def adam(
         optimizer.step()
         on_step()
     return x.detach()
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest magnitude, NaN where one is."""
+    return float(torch.linalg.vector_norm(x, torch.inf))

@@ -49,8 +49,8 @@ def size(count: int) -> str:
     raise AssertionError
 
 
-def print_plan(plan: Plan, out: Path | None, seconds: float | None = None) -> None:
-    """Parents, coefficients, sizes and what it will take."""
+def print_plan(plan: Plan, out: Path | None, memory: int, seconds: float | None = None) -> None:
+    """Parents, coefficients, sizes and what it will take. memory: bytes for the tensors."""
     table = Table(
         title=f"{escape(plan.method.spec.name)} of {experts(plan)}",
         title_justify="left",
@@ -80,7 +80,7 @@ def print_plan(plan: Plan, out: Path | None, seconds: float | None = None) -> No
         f"output      {len(plan.tensors):,} tensors, {plan.layers} layers, {size(plan.out_bytes)}"
         + (f" in {out}" if out is not None else ""),
         f"disk        {size(plan.out_bytes)} needed, {size(_free(out))} free",
-        f"memory      about {size(peak_memory(plan))} for weights",
+        f"memory      up to {size(memory)} for weights",
     ]
     if seconds is not None:
         lines.append(f"time        about {duration(seconds)} on this machine, start-up apart")
@@ -122,15 +122,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def peak_memory(plan: Plan) -> int:
-    """Bytes of weights in memory at once, at most: one output shard and one tensor's inputs.
-
-    mergekit's writer gathers a shard of up to 5 billion parameters before it writes it.
-    """
-    largest = max((t.bytes for t in plan.tensors), default=0)
-    return plan.out_bytes + largest * (len(plan.experts) + 4)
 
 
 def _free(out: Path | None) -> int:

@@ -228,6 +228,7 @@ def grid(made: Plan, found: Verdict) -> Grid:
 
 def cost_of_merge(made: Plan, seconds: Callable[[Plan], float] | None = None) -> Cost:
     """Disk, memory and time of a layer-wise merge. seconds: how its time is estimated."""
+    from mergekit_unconstrained.engine import budget
     from mergekit_unconstrained.jobs import weights
 
     time = (seconds or weights.estimate_seconds)(made)
@@ -236,7 +237,7 @@ def cost_of_merge(made: Plan, seconds: Callable[[Plan], float] | None = None) ->
         (
             f"disk {present.size(made.out_bytes)} for the result, "
             f"{present.size(made.in_bytes)} for the models",
-            f"memory about {present.size(present.peak_memory(made))} for weights",
+            f"memory up to {present.size(budget.most_memory(made))} for weights",
             f"time about {present.duration(max(time, 0.1))} for the arithmetic, on this machine",
         ),
     )

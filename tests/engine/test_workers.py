@@ -129,6 +129,89 @@ def test_what_looks_at_the_whole_tensor_gets_it(
     assert found == weights(tmp_path, "whole", recipe_of(tiny_models, **parameters))
 
 
+MATRICES = ("q_proj", "o_proj", "gate_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("consensus", {}),
+        ("lines", {}),
+        ("layer_swap", {"bottom": 1, "top": 1}),
+        ("varm", {"granularity": "element"}),
+        ("pcb", {"scope": "model"}),
+        ("ties_global", {}),
+    ],
+)
+def test_methods_that_merge_entry_by_entry_work_by_parts(
+    tmp_path: Path,
+    tiny_models: TinyModels,
+    by_parts: list[str],
+    method: str,
+    parameters: dict[str, Any],
+) -> None:
+    found = weights(tmp_path, "parts", recipe_for_two(tiny_models, method, parameters))
+    assert by_parts.count("model.embed_tokens.weight") == -(-256 // (PART // 64))
+    assert all(any(kind in name for name in by_parts) for kind in MATRICES)
+    whole = recipe_for_two(tiny_models, method, {**parameters, "engine": "mergekit"})
+    assert found == weights(tmp_path, "whole", whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("tsvm", {}),
+        ("wudi", {"steps": 2}),
+        ("doge", {"steps": 2}),
+        ("optmerge", {"steps": 2}),
+        ("opcm", {}),
+    ],
+)
+def test_methods_of_matrices_merge_everything_else_by_parts(
+    tmp_path: Path,
+    tiny_models: TinyModels,
+    by_parts: list[str],
+    method: str,
+    parameters: dict[str, Any],
+) -> None:
+    found = weights(tmp_path, "parts", recipe_for_two(tiny_models, method, parameters))
+    assert set(by_parts) == {"model.embed_tokens.weight", "lm_head.weight"}
+    whole = recipe_for_two(tiny_models, method, {**parameters, "engine": "mergekit"})
+    assert found == weights(tmp_path, "whole", whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("varm", {}),
+        ("pcb", {"scope": "tensor"}),
+        ("ties_global", {"scope": "tensor"}),
+        ("opcm", {"scope": "tensor"}),
+        ("sce_dense", {}),
+        ("dare_exact", {}),
+        ("widen", {}),
+    ],
+)
+def test_methods_that_look_at_the_whole_tensor_get_it(
+    tmp_path: Path,
+    tiny_models: TinyModels,
+    by_parts: list[str],
+    method: str,
+    parameters: dict[str, Any],
+) -> None:
+    weights(tmp_path, "out", recipe_for_two(tiny_models, method, parameters))
+    assert by_parts == []
+
+
+def recipe_for_two(models: TinyModels, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "merge_method": method,
+        "base_model": str(models.base),
+        "models": [{"model": str(m)} for m in models.experts[:2]],
+        "parameters": parameters,
+    }
+
+
 def test_a_permuted_vocabulary_is_merged_as_a_whole(
     tmp_path: Path, tiny_models: TinyModels, by_parts: list[str]
 ) -> None:
@@ -312,16 +395,23 @@ def test_small_tensors_are_given_out_together_and_count_once() -> None:
 
 
 def test_a_footprint_covers_inputs_copies_output_and_work() -> None:
-    def job(**changes: Any) -> workers.Job:
-        like = torch.empty((4, 8), dtype=torch.bfloat16, device="meta")
+    def job(work: Any = None, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> workers.Job:
+        like = torch.empty((4, 8), dtype=dtype, device="meta")
         one = {"like": like, "has_rows": True, "is_copied": False, **changes}
-        task = SimpleNamespace(tokenizer=None, truncates=False, is_entrywise=True)
+        weight = SimpleNamespace(name="x", vocabulary_axis=None)
+        own = SimpleNamespace(**({} if work is None else {"work": work}))
+        task = SimpleNamespace(
+            tokenizer=None, truncates=False, method=own, output=weight, parameters={}
+        )
         inputs = {name: SimpleNamespace(**one) for name in "ab"}
         return workers.Job(task, inputs, Output("x", (4, 8), torch.float32))  # type: ignore[arg-type]
 
     work = 32 * (workers.WORK_BYTES + 2 * workers.WORK_BYTES_EXPERT)
     assert job().footprint == 2 * 64 + 128 + work
     assert job(is_copied=True).footprint == 4 * 64 + 128 + work
+    assert job(dtype=torch.float64).footprint == 2 * 256 + 128 + 2 * work
+    assert job(lambda one: 100 * one.experts + one.shape[1]).footprint == 2 * 64 + 128 + 108
+    assert job(lambda _: None).footprint == job().footprint
 
 
 def test_tensors_are_merged_in_the_order_of_the_bases_files(

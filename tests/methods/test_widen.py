@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from mergekit_unconstrained.methods.widen import flat_vector, matrix_vector, ran
 
 from mergekit.merge_methods import merge_tensors  # isort: skip
 
+widen_module = importlib.import_module("mergekit_unconstrained.methods.widen")
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -133,6 +135,16 @@ def test_a_column_of_zeros_has_no_direction() -> None:
 
 def merge(tensors: torch.Tensor, name: str = UP, **parameters: Any) -> torch.Tensor:
     return merge_tensors([*tensors], "widen", base_index=0, name=name, parameters=parameters)
+
+
+def test_an_embedding_is_read_some_tokens_after_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = stacked(vectors(3, 40, 6), torch.float32)
+    name = "model.embed_tokens.weight"
+    expected = merge(tensors, name)
+    monkeypatch.setattr(widen_module, "CHUNK", 20)  # 3 tokens, or 20 numbers of one
+    torch.testing.assert_close(merge(tensors, name), expected, rtol=0, atol=0)
+    monkeypatch.setattr(widen_module, "CHUNK", 4)
+    torch.testing.assert_close(merge(tensors, name), expected, rtol=0, atol=0)
 
 
 def test_the_columns_of_an_embedding_are_its_tokens_and_the_head_is_not_turned() -> None:

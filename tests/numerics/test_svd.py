@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergekit_unconstrained.numerics import svd
 from mergekit_unconstrained.numerics.svd import polar_factor, thin_svd
 
 SHAPES = [(7, 7), (40, 3), (3, 40), (1, 5), (5, 1), (1, 1), (60, 50)]
@@ -47,6 +48,30 @@ def test_low_rank_has_few_factors(shape: tuple[int, int], dtype: torch.dtype) ->
     torch.testing.assert_close(found.product(), a.to(dtype).double(), rtol=0, atol=1e-5)
     assert len(found.top(2).S) == 2
     assert len(found.top(9).S) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(60, 50), (50, 60), (7, 7)], ids=str)
+def test_the_largest_alone_are_the_first_of_all(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = random(shape, dtype)
+    everything = thin_svd(a)
+    monkeypatch.setattr(svd, "BLOCK", 300)  # a few rows at a time
+    for k in (0, 1, 4):
+        for found, expected in zip(thin_svd(a, k), everything.top(k), strict=True):
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+    assert len(thin_svd(a, 99).S) == min(shape)
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (50, 60)], ids=str)
+def test_float64_by_its_gram_matrix_is_as_good_where_values_are_not_small(
+    shape: tuple[int, int],
+) -> None:
+    a = random(shape, torch.float64)
+    for found, expected in zip(thin_svd(a, 9, by_gram=True), thin_svd(a, 9), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
