@@ -28,6 +28,7 @@ class CatalogEntry:
     )
     relation: str = "mergekit has no such method"  # to mergekit's variant of the idea
     cost: Literal["entries", "matrices"] = "entries"  # grows with m n, or m n min(m, n)
+    weighs: bool = True  # whether a recipe's weights say what an expert counts for in each tensor
 
 
 CATALOG: dict[str, CatalogEntry] = {
@@ -96,6 +97,7 @@ CATALOG: dict[str, CatalogEntry] = {
         ),
         CatalogEntry(
             name="lines",
+            weighs=False,
             target="mergekit_unconstrained.methods.lines:lines",
             level="tensor",
             summary="task arithmetic whose scale rises linearly with depth",
@@ -119,6 +121,7 @@ CATALOG: dict[str, CatalogEntry] = {
         ),
         CatalogEntry(
             name="opcm",
+            weighs=False,
             target="mergekit_unconstrained.methods.opcm:opcm",
             level="tensor",
             summary=(
@@ -172,6 +175,7 @@ CATALOG: dict[str, CatalogEntry] = {
         ),
         CatalogEntry(
             name="tsvm",
+            weighs=False,
             target="mergekit_unconstrained.methods.tsvm:tsvm",
             level="tensor",
             summary=(
@@ -210,6 +214,7 @@ CATALOG: dict[str, CatalogEntry] = {
         ),
         CatalogEntry(
             name="wudi",
+            weighs=False,
             target="mergekit_unconstrained.methods.wudi:wudi",
             level="tensor",
             summary=(
@@ -224,6 +229,7 @@ CATALOG: dict[str, CatalogEntry] = {
         ),
         CatalogEntry(
             name="optmerge",
+            weighs=False,
             target="mergekit_unconstrained.methods.optmerge:optmerge",
             level="tensor",
             summary=("as wudi, with denoised task vectors and in their leading subspaces"),
@@ -236,6 +242,7 @@ CATALOG: dict[str, CatalogEntry] = {
         ),
         CatalogEntry(
             name="doge",
+            weighs=False,
             target="mergekit_unconstrained.methods.doge:doge",
             level="tensor",
             summary=(

@@ -508,10 +508,19 @@ def finish_merge(
 
 
 def write_card(config: MergeConfiguration, source: str, folder: Path, name: str) -> None:
-    """mergekit's card and copy of the recipe. name: the model's."""
-    from mergekit.card import generate_card
+    """mergekit's card and copy of the recipe. name: the model's.
 
-    card = generate_card(config=config, config_yaml=source, name=name)
+    mergekit asks the Hub about folders such as models/a, and where it cannot be reached the merge
+    would end there: a folder that is here is no repository of the Hub.
+    """
+    from mergekit import card as mergekit_card
+
+    asks = mergekit_card.is_hf
+    mergekit_card.is_hf = lambda path: not Path(path).exists() and asks(path)
+    try:
+        card = mergekit_card.generate_card(config=config, config_yaml=source, name=name)
+    finally:
+        mergekit_card.is_hf = asks
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "mergekit_config.yml").write_text(source, encoding="utf-8")
 

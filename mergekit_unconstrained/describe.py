@@ -61,10 +61,12 @@ def shortest_recipe(name: str) -> str:
     fuses = "dataset" in own
     based = spec.contract.base.value == "required"
     lines = [f"merge_method: {name}", "models:"]
+    weight = own.get("weight")  # None is no weight: those of a table
+    needs_weight = weight is not None and (weight.required or weight.default is None)
     alone = fuses or spec.contract.max_inputs == 2  # with the base
     for number in (1,) if alone else (1, 2):
         lines.append(f"  - model: EXPERT_{number}")
-        if "weight" in own and not fuses:
+        if needs_weight and not fuses:
             lines.append("    parameters: {weight: 0.5}")
     if based:
         lines.append("base_model: BASE")

@@ -687,3 +687,17 @@ def test_texts_lose_absolute_paths_and_keep_everything_else():
 @pytest.mark.parametrize("text", ["a/b/c", "-a/b", "", None, "a b", "../b", "a/../b", "x" * 97])
 def test_what_is_no_hub_id(text):
     assert not is_hub_id(text)
+
+
+def test_the_paper_of_the_method_is_cited_once():
+    own = render(least(method=Method("tsvm", "TSV-Merge")))
+    assert "@misc{arxiv2412.00081,\n" in own
+    assert "= {Task Singular Vectors: Reducing Task Interference in Model Merging},\n" in own
+    assert own.count("eprint        = {") == 3
+    assert render(least()).count("eprint        = {") == 2  # its paper is cited anyway
+
+
+def test_what_the_recipe_left_alone_is_said():
+    text = render(least(method=Method("tsvm", "TSV-Merge", defaults={"lambda": 1.0, "rank": 0})))
+    assert "Left at the defaults: `lambda` `1.0`, `rank` `0`.\n" in text
+    assert "Left at the defaults" not in render(least())

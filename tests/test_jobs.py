@@ -202,3 +202,52 @@ def test_no_card_is_written_where_none_is_wanted(here: Path, tiny_models: TinyMo
 def test_a_folder_that_cannot_be_renamed_to_is_refused(out: str) -> None:
     with pytest.raises(OutputError, match="choose one"):
         staging.check_out(Path(out))
+
+
+def merged_by(method: str, models: TinyModels, **parameters: Any) -> Path:
+    recipe = {
+        "merge_method": method,
+        "base_model": str(models.base),
+        "models": [{"model": str(m)} for m in models.experts[:2]],
+        "parameters": parameters,
+    }
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe))
+    invoke("yaml", "recipe.yml", method, "--quiet")
+    return Path(method)
+
+
+@pytest.mark.parametrize(("method", "is_drawn"), [("lines", False), ("dare_exact", True)])
+def test_weights_are_drawn_only_where_they_say_what_an_expert_counts_for(
+    here: Path,
+    tiny_models: TinyModels,
+    method: str,
+    is_drawn: bool,
+) -> None:
+    """`lines` scales the layers besides, so that equal weights are no equal shares."""
+    out = merged_by(method, tiny_models)
+    assert (out / "coefficients.png").exists() == is_drawn
+    assert ("What every expert counts for" in (out / "README.md").read_text()) == is_drawn
+
+
+@pytest.mark.usefixtures("here")
+def test_what_a_recipe_leaves_to_the_defaults_is_kept(tiny_models: TinyModels) -> None:
+    out = merged_by("consensus", tiny_models, min_agreement=1)
+    method = json.loads((out / "provenance.json").read_text())["method"]
+    assert method["parameters"] == {"min_agreement": 1}
+    assert method["defaults"]["lambda"] == 0.3
+    assert "min_agreement" not in method["defaults"]
+    assert "Left at the defaults: " in (out / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_subspace_without_a_dimension_is_refused(tiny_models: TinyModels) -> None:
+    recipe = {
+        "merge_method": "doge",
+        "base_model": str(tiny_models.base),
+        "models": [{"model": str(m)} for m in tiny_models.experts[:2]],
+        "parameters": {"subspace": 100_000},
+    }
+    Path("recipe.yml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(main, ["check", "recipe.yml"])
+    assert result.exit_code == 1
+    assert "one of 100000 dimensions of model.layers.0" in result.output + str(result.exception)

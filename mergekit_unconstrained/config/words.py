@@ -12,4 +12,4 @@ def suggest(word: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), options, n=2, cutoff=0.6)
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"Known here: {', '.join(options)}." if options else "Nothing is known here."
+    return f"Known here: {', '.join(options)}." if options else "It takes none here."

@@ -210,6 +210,20 @@ def check_swapped_layers(plan: Plan, tasks: list[compat.PlannedTask]) -> None:
             )
 
 
+def check_subspace(plan: Plan, tasks: list[compat.PlannedTask]) -> None:
+    """Whether the shared subspace of `doge` has a dimension at all."""
+    for task, tensor in zip(tasks, plan.tensors, strict=True):
+        part, shape = task.parameters.get("subspace"), tensor.shape
+        if part is None or shape is None or len(shape) != 2 or tensor.role.layer is None:
+            continue
+        if int(part) > min(shape):
+            plan.document.fail(
+                ("parameters", "subspace"),
+                f"one of {part} dimensions of {tensor.name}, {list(shape)}, is none: at most "
+                f"{min(shape)}",
+            )
+
+
 def name_what_is_missing(
     document: Document, method: compat.MergeMethod, error: RuntimeError | ValueError
 ) -> None:

@@ -173,6 +173,7 @@ def make_plan(
     checks.check_operators(plan, tasks)
     checks.check_agreement_of_experts(plan, tasks)
     checks.check_swapped_layers(plan, tasks)
+    checks.check_subspace(plan, tasks)
     if table is not None:
         checks.check_table(plan, table)
     checks.check_weights(plan)

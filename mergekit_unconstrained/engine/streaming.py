@@ -211,6 +211,9 @@ def _run(
     notes = None
     try:
         done = writer.recheck(finished)
+        if done:
+            counted = f"{len(done):,} of {len(jobs):,} tensors"
+            say(f"going on with an unfinished merge, of which {counted} are done")
         notes = Journal(path, identity, new=not done)
         advance(sum(job.output.bytes for job in jobs if job.output.name in done))
         left = [job for job in jobs if job.output.name not in done]

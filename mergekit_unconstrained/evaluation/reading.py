@@ -20,7 +20,8 @@ def read_rows(path: Path, limit: int | None = None) -> list[tuple[int, dict[str,
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(
-            f"data file {str(path)!r} does not exist (paths in a tasks file are relative to it)"
+            f"data file {str(path)!r} does not exist (paths in a tasks file are relative to it; "
+            "what a recipe of this project needs first, such as `make stories`, stands at its top)"
         ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"data file {str(path)!r} is not UTF-8: {error.reason}") from None

@@ -15,6 +15,7 @@ import jinja2
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mergekit_unconstrained.catalog import entry_for
 from mergekit_unconstrained.engine.files import replacing
 from mergekit_unconstrained.errors import UnconstrainedError
 from mergekit_unconstrained.hub import markdown
@@ -58,6 +59,8 @@ __all__ = [
 TEMPLATE = "model_cards/merge.md.j2"
 TERMS_TEMPLATE = "model_cards/licence.md.j2"
 TERMS = "LICENSE.md"
+CITED = ("2410.13699", "2403.13257")
+"""arXiv numbers that the template cites by itself."""
 PACKAGED = {Path(name).name: name for name in (TEMPLATE, TERMS_TEMPLATE)}
 """What a template may include or extend."""
 _FILE_NAME = re.compile(r"\w[\w.-]*")
@@ -75,6 +78,7 @@ def render(facts: CardFacts, template: Path | None = None) -> str:
         "unknowns": unknowns(facts),
         "told_method": told_method(facts),
         "varies": varies(facts),
+        "own_paper": own_paper(facts.method),
         "disclaimer": NOT_LEGAL_ADVICE,
         "rules": RULES,
     }
@@ -87,6 +91,13 @@ def varies(facts: CardFacts) -> str:
     words = {word for p in facts.experts for word in p.weight.partition(", by ")[2].split(" and ")}
     shown = [("layer", "layer"), ("kind", "kind of tensor")]
     return " and ".join(name for word, name in shown if word in words)
+
+
+def own_paper(method: Method) -> tuple[str, str] | None:
+    """Title and arXiv number of a method's paper, from the catalogue; None for the card's own."""
+    entry = entry_for(method.name)
+    found = re.fullmatch(r"(.+) \(arXiv (\d+\.\d+)\)", entry.paper) if entry else None
+    return None if found is None or found[2] in CITED else (found[1], found[2])
 
 
 def told_method(facts: CardFacts) -> str:

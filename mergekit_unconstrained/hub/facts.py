@@ -102,7 +102,10 @@ class Parent:
 
 @dataclass(frozen=True)
 class Method:
-    """The merge method; operator and parameters as the recipe sets them."""
+    """The merge method; operator and parameters as the recipe sets them.
+
+    defaults: what the recipe left alone, which another release may choose otherwise.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -113,6 +116,7 @@ class Method:
     url: str = ""
     operator: str | None = None
     parameters: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    defaults: dict[str, str | int | float | bool | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

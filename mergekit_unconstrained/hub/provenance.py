@@ -141,7 +141,8 @@ def load(folder: Path) -> Provenance:
         text = (folder / FILE).read_bytes()
     except FileNotFoundError:
         raise OutputError(
-            f"{folder} has no {FILE}: it was not made by this program, or by an older release"
+            f"{folder} has no {FILE}: it was made by another program, by an older release, or by "
+            "one of mergekit's own methods, whose results have mergekit's card"
         ) from None
     except OSError as error:
         raise OutputError(f"{folder / FILE} cannot be read: {error.strerror}") from None

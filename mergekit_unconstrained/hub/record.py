@@ -54,7 +54,9 @@ def lay_out(plan: Plan, folder: Path, title: str, options: MergeOptions) -> None
         table = clean(plan.table.document.text or "", parents)
         (folder / TABLE).write_text(table, encoding="utf-8")
     cells = (c for expert in plan.coefficients.values() for c in expert.values())
-    if options.write_model_card and any(c.weight is not None for c in cells):
+    entry = entry_for(plan.method.spec.name)
+    weighs = entry is None or entry.weighs
+    if options.write_model_card and weighs and any(c.weight is not None for c in cells):
         from mergekit_unconstrained.hub import heatmap  # matplotlib takes most of a second
 
         heatmap.draw(grid_of(plan), folder / HEATMAP, title)
@@ -115,11 +117,9 @@ def _method(plan: Plan) -> facts.Method:
     spec = plan.method.spec
     entry = entry_for(spec.name)
     operator = plan.shared.get("operator")
-    shown = {
-        p.name: _plain(plan.shared[p.name])
-        for p in spec.shared_parameters
-        if p.name not in ("operator", "coefficients") and plan.shared.get(p.name) != p.default
-    }
+    named = [p for p in spec.shared_parameters if p.name not in ("operator", "coefficients")]
+    given = [p for p in named if plan.shared.get(p.name) != p.default]
+    shown = {p.name: _plain(plan.shared[p.name]) for p in given}
     if operator == VARIES:
         shown["operator"] = VARIES
     return facts.Method(
@@ -130,6 +130,7 @@ def _method(plan: Plan) -> facts.Method:
         url=spec.reference_url or "",
         operator=str(operator) if operator and operator != VARIES else None,
         parameters=shown | plan.job.model_dump(exclude_defaults=True, exclude={*HUB_KEYS, *HOW}),
+        defaults={p.name: _plain(p.default) for p in named if p not in given},
     )
 
 

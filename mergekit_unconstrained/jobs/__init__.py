@@ -77,26 +77,28 @@ def run_recipe(
     fast_kernels: run mergekit's own methods by our kernels (ours always are).
     """
     document, config, method = load_recipe(path)
+    overrides = overrides or {}
     is_fast = compat.is_builtin(method) and (fast_kernels or fast.is_asked_for())
-    if overrides:
-        useless = [k for k in overrides if not is_fast or k not in fast.JOB_KEYS]
-        if useless and not compat.is_ours(method):
-            than = ", or with --fast" if set(useless) <= set(fast.JOB_KEYS) else ""
-            raise RecipeError(
-                f"{path}: {', '.join(useless)} work with our methods only{than}, and "
-                f"{method.spec.name!r} is mergekit's own"
-            )
-        # Into the text, so that the recipe that is kept with the result says it too.
-        parameters = {**(document.data.get("parameters") or {}), **overrides}
-        text = yaml.safe_dump({**document.data, "parameters": parameters}, sort_keys=False)
-        document = Document.parse(text, path)
-        config = config.model_copy(update={"parameters": parameters})
-    if compat.is_ours(method):
-        _run(compat.run_merge, method, config, Path(out), options, document)
-    elif compat.is_builtin(method) and not is_fast:
+    useless = [k for k in overrides if not is_fast or k not in fast.JOB_KEYS]
+    if useless and not compat.is_ours(method):
+        than = ", or with --fast" if set(useless) <= set(fast.JOB_KEYS) else ""
+        raise RecipeError(
+            f"{path}: {', '.join(useless)} work with our methods only{than}, and "
+            f"{method.spec.name!r} is mergekit's own"
+        )
+    if is_fast:
+        fast.run(compat.run_merge, config, Path(out), options, document.text, overrides)
+    elif compat.is_builtin(method):
         compat.run_merge(config, out, options, document.text)
-    else:
+    elif not compat.is_ours(method):
         run(compat.run_merge, config, out, options, document.text)
+    else:
+        if overrides:
+            # Into the text, so that the recipe that is kept with the result says it too.
+            parameters = {**(document.data.get("parameters") or {}), **overrides}
+            text = yaml.safe_dump({**document.data, "parameters": parameters}, sort_keys=False)
+            document = Document.parse(text, path)
+        _run(compat.run_merge, method, config, Path(out), options, document)
 
 
 def check(path: str, options: MergeOptions) -> str:
@@ -114,10 +116,9 @@ def check(path: str, options: MergeOptions) -> str:
     whole_model.measures_of(plan)
     if said := budget.warning(plan):
         LOG.warning(said)
-    return (
-        f"{method.spec.name}, {len(plan.experts)} experts, {len(plan.tensors):,} tensors, "
-        f"{plan.layers} layers"
-    )
+    count = len(plan.experts)
+    experts = f"{count} expert{'s' if count != 1 else ''}"
+    return f"{method.spec.name}, {experts}, {len(plan.tensors):,} tensors, {plan.layers} layers"
 
 
 def show_plan(path: str, out: Path | None, options: MergeOptions) -> None:

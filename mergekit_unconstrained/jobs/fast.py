@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,16 @@ def run(
     out: Path,
     options: MergeOptions,
     source: str | None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> None:
     """Carry out a recipe of one of mergekit's methods; by `run_merge` what we cannot do.
 
-    source: the recipe's text where the front end still has it.
+    source: the recipe's text where the front end still has it. overrides: values of JOB_KEYS that
+    go before the recipe's.
     """
     name = config.merge_method
     source = source or config.to_yaml()
-    job = _job_options(config)
+    job = _job_options({**(config.parameters or {}), **(overrides or {})})
     try:
         if name not in FAST:
             raise streaming.CannotStreamError(f"there is no fast kernel for {name!r}")
@@ -71,10 +73,9 @@ def run(
         present.console.print(message + took, markup=False, highlight=False)
 
 
-def _job_options(config: MergeConfiguration) -> JobOptions:
-    given = {k: v for k, v in (config.parameters or {}).items() if k in JOB_KEYS}
+def _job_options(given: Mapping[str, Any]) -> JobOptions:
     try:
-        return job_options(given)
+        return job_options({k: v for k, v in given.items() if k in JOB_KEYS})
     except JobOptionError as error:
         raise RecipeError(f"`parameters: {error.name}` {error}") from None
 

@@ -26,7 +26,10 @@ def status(message: str, quiet: bool) -> AbstractContextManager[Any]:
 
 @contextmanager
 def byte_progress(message: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar by bytes with the time left; gives a function that is told how many more were done."""
+    """A bar by bytes with the time left; gives a function that is told how many more were done.
+
+    What ends well ends at the total, which may have been an estimate; what fails leaves no bar.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -36,7 +39,12 @@ def byte_progress(message: str, total: int) -> Iterator[Callable[[int], None]]:
     # On stderr: what a command prints may be redirected into a file.
     with Progress(*columns, console=Console(stderr=True), disable=total == 0) as bar:
         task = bar.add_task(escape(message), total=total)
-        yield lambda count: bar.advance(task, count)
+        try:
+            yield lambda count: bar.advance(task, count)
+        except Exception:
+            bar.update(task, visible=False)
+            raise
+        bar.update(task, completed=total)
 
 
 def size(count: int) -> str:

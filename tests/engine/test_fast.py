@@ -387,7 +387,7 @@ def test_a_fast_merge_takes_the_job_options(
     digest = hashlib.sha256(found["model.safetensors"]).hexdigest()
     assert f"* `model.safetensors`: sha256 `{digest}`, read back" in found["README.md"].decode()
     assert "sha256" not in plain["README.md"].decode()
-    assert "memory_budget: 2GiB" in found["mergekit_config.yml"].decode()
+    assert found["mergekit_config.yml"] == plain["mergekit_config.yml"]
     # The same by the recipe, which mergekit itself reads without a word.
     recipe["parameters"] = {"memory_budget": "2GiB", "verify": True}
     run(tmp_path, "again", recipe, "--fast")
@@ -402,6 +402,27 @@ def test_a_recipe_may_ask_for_mergekits_executor(
     run(tmp_path, "out", recipe_of(tiny_models, "task_arithmetic", engine="mergekit"), "--fast")
     assert streamed == []
     assert "the recipe's `engine` asks for them" in caplog.text
+
+
+def test_the_hub_is_not_asked_about_folders_that_are_here(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit's card asks it whether `models/base` is a repository, and dies where it cannot."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.repo_exists", unreachable)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for path in (tiny_models.base, *tiny_models.experts):
+        (tmp_path / "models" / path.name).symlink_to(path)
+    short = TinyModels(
+        Path("models") / tiny_models.base.name,
+        [Path("models") / e.name for e in tiny_models.experts],  # type: ignore[arg-type]
+    )
+    found = run(tmp_path, "out", recipe_of(short, "ties"), "--fast")
+    assert "models/base" in found["README.md"].decode()
 
 
 def test_parameters_that_mergekit_passes_over_are_named(
