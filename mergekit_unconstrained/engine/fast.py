@@ -43,6 +43,7 @@ class FastKernel:
     kernel: Kernel
     not_covered: str = ""
     entrywise: bool = False  # whether a tensor can be merged by parts
+    by_pieces: bool = True  # whether it calls torch for a piece that fits a cache at a time
 
 
 class FastMethod(GroupMergeMethod):
@@ -54,6 +55,7 @@ class FastMethod(GroupMergeMethod):
         self._upstream = upstream
         self._kernel = fast.kernel
         self._entrywise = fast.entrywise
+        self.by_pieces = fast.by_pieces
 
     def entrywise(self, _: Any) -> bool:
         """Whether a tensor can be merged by parts (engine/footprint.py)."""
@@ -286,12 +288,14 @@ FAST: dict[str, FastKernel] = {
         "as far from the base to 0.1 %",
         f"{_RANDOM}; ranks are exact, mergekit rounds them to bf16",
         _task_vectors("magprune", elect=True),
+        by_pieces=False,
     ),
     "della_linear": FastKernel(
         "statistically the same",
         "as far from the base to 0.4 %",
         f"{_RANDOM}; ranks are exact, mergekit rounds them to bf16",
         _task_vectors("magprune", elect=False),
+        by_pieces=False,
     ),
 }
 

@@ -36,7 +36,7 @@ def tensor_method(
                 return group.tensors[0]
             return kernel(group, **parameters)
 
-        return merge_method(
+        method = merge_method(
             name=name,
             pretty_name=pretty_name,
             reference_url=CATALOG[name].url,
@@ -45,6 +45,8 @@ def tensor_method(
             ),
             optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
         )(merged)
+        method.by_pieces = CATALOG[name].cost == "entries"
+        return method
 
     return decorate
 

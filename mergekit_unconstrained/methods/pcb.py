@@ -194,3 +194,6 @@ def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:
         Measure(MAGNITUDES, ranks=lambda _, n: ranks(n)),
         Measure(SCORES, beta, ranks=lambda _, n: score_ranks(density, n)),
     )
+
+
+pcb.by_pieces = False  # its selections are of whole tensors

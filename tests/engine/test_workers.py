@@ -19,9 +19,11 @@ import yaml
 from click.testing import CliRunner, Result
 
 from mergekit_unconstrained import compat
+from mergekit_unconstrained.catalog import CATALOG
 from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.config.recipe import JobOptions
 from mergekit_unconstrained.engine import workers
+from mergekit_unconstrained.engine.fast import FAST
 from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.source import MappedFile
 from mergekit_unconstrained.engine.workers import Workers
@@ -438,3 +440,42 @@ def test_tensors_are_merged_in_the_order_of_the_bases_files(
     recipe = recipe_of(TinyModels(base, tiny_models.experts))
     weights(tmp_path, "out", recipe, "--num-threads", "1")
     assert merged == [*names[20:], *names[:20]]
+
+
+@pytest.mark.parametrize(("by_pieces", "together"), [(True, 1), (False, 2)])
+def test_methods_that_go_by_pieces_compute_in_turns(
+    tmp_path: Path,
+    tiny_models: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    by_pieces: bool,
+    together: int,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(workers, "BATCH_BYTES", 1)
+    monkeypatch.setattr(compat.get("layerwise"), "by_pieces", by_pieces)
+    lock, computing, most = threading.Lock(), 0, 0
+    real = compat.PlannedTask.compute
+
+    def compute(self: compat.PlannedTask, *given: Any) -> Any:
+        nonlocal computing, most
+        with lock:
+            computing += 1
+            most = max(most, computing)
+        time.sleep(0.005)
+        try:
+            return real(self, *given)
+        finally:
+            with lock:
+                computing -= 1
+
+    monkeypatch.setattr(compat.PlannedTask, "compute", compute)
+    weights(tmp_path, "out", recipe_of(tiny_models))
+    assert most == together
+
+
+def test_who_computes_in_turns() -> None:
+    """Those of which two threads took more time than one (recipes/LOG.md)."""
+    alone = {name for name in CATALOG if getattr(compat.get(name), "by_pieces", False)}
+    long = {"doge", "opcm", "optmerge", "pcb", "tsvm", "wudi"}
+    assert alone == CATALOG.keys() - long - {"distribution_fusion", "unconstrained"}
+    assert {n for n, row in FAST.items() if not row.by_pieces} == {"della", "della_linear"}
