@@ -95,4 +95,4 @@ def test_one_expert_where_two_must_agree_is_an_error(tiny_models: Any, tmp_path:
     with pytest.raises(RecipeError, match=r"min_agreement.*2 experts.*only 1.*min_agreement: 1"):
         jobs.check(str(path), compat.MergeOptions())
     path.write_text(yaml.safe_dump({**recipe, "parameters": {"min_agreement": 1}}))
-    assert "1 experts" in jobs.check(str(path), compat.MergeOptions())
+    assert "1 expert," in jobs.check(str(path), compat.MergeOptions())
