@@ -185,9 +185,9 @@ class Workers:
     def _takes_turns(self, job: Job) -> bool:
         """Whether one thread at a time computes, while others write.
 
-        A method that goes `by_pieces` calls torch some 100,000 times a second, and two threads that
-        do so hand Python's lock to and fro: they take up to twice the time of one, on the clock
-        too. Whoever asks for `--num-threads` gets them.
+        A method that goes `by_pieces` calls torch for microseconds at a time, and two threads that
+        do so hand Python's lock to and fro: up to twice the CPU time of one, and little or nothing
+        gained on the clock (recipes/LOG.md). Whoever asks for `--num-threads` gets them.
         """
         by_pieces = getattr(job.task.method, "by_pieces", False)
         on_cpu = self.options.device in (None, "cpu")

@@ -2,8 +2,8 @@
 
 A recipe, its output and its card are mergekit's; the card says which kernels computed it. Of the
 job options `engine`, `memory_budget` and `verify` work here too, in the recipe's `parameters`,
-where mergekit itself takes no notice of them. The files' sha256, which costs as much as a linear
-merge, is taken where `verify` asks for it, and then stands in the card.
+where mergekit itself takes no notice of them. The files' sha256, which takes time that can be seen
+beside a linear merge, is taken where `verify` asks for it, and then stands in the card.
 """
 
 from __future__ import annotations

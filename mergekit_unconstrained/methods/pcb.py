@@ -175,6 +175,7 @@ def pcb(
 
 
 pcb.entrywise = with_model_scope
+pcb.by_pieces = False  # its selections are of whole tensors
 pcb.work = per_entry(4, 8, KEPT_BY_ALLOCATOR)  # magnitudes of one; d_i and beta_i
 
 
@@ -194,6 +195,3 @@ def needs(tensors: Sequence[PlannedTensor]) -> tuple[Measure, ...]:
         Measure(MAGNITUDES, ranks=lambda _, n: ranks(n)),
         Measure(SCORES, beta, ranks=lambda _, n: score_ranks(density, n)),
     )
-
-
-pcb.by_pieces = False  # its selections are of whole tensors

@@ -5,7 +5,8 @@ imported everything, so that its CPU seconds and peak memory are those of the wo
 reading, merging, writing. Results are kept in a JSON file as they come, and a second run does only
 what is missing: MERGEKIT_UNCONSTRAINED_BENCH_RESULTS names it (engine-SIZE.json in the current
 directory by default). MERGEKIT_UNCONSTRAINED_BENCH chooses the size, ..._METHODS and ..._DTYPES a
-comma-separated list, ..._REPEATS how often everything runs; who begins changes from one round to
+comma-separated list, ..._THREADS how many of ours compute side by side (mergekit's --num-threads;
+in turns by default), ..._REPEATS how often everything runs; who begins changes from one round to
 the next, since memory that was in use a moment ago costs less. `layerwise ties` is our method in
 float32 arithmetic, its sha256 included, beside mergekit's ties. Nothing is asserted about time.
 """
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.bench
 
 SIZE = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH", "84M")
 REPEATS = int(os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_REPEATS", "3"))
+THREADS = int(os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_THREADS", "0")) or None
 RESULTS = Path(os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_RESULTS", f"engine-{SIZE}.json"))
 DTYPES = os.environ.get("MERGEKIT_UNCONSTRAINED_BENCH_DTYPES", "bfloat16,float32").split(",")
 
@@ -129,7 +131,11 @@ def merge(recipe: dict[str, Any], out: Path, *, ours: bool) -> None:
     _activate.install()
     torch.set_num_threads(1)  # more would wait for each other on two busy cores
     options = compat.MergeOptions(
-        quiet=True, write_model_card=False, copy_tokenizer=False, device="cpu"
+        quiet=True,
+        write_model_card=False,
+        copy_tokenizer=False,
+        device="cpu",
+        num_threads=THREADS if ours else None,
     )
     config = compat.MergeConfiguration.model_validate(recipe)
     if recipe["merge_method"] == "layerwise":

@@ -134,6 +134,14 @@ def test_what_looks_at_the_whole_tensor_gets_it(
 MATRICES = ("q_proj", "o_proj", "gate_proj", "down_proj")
 
 
+def assert_parts_change_nothing(
+    folder: Path, models: TinyModels, method: str, parameters: dict[str, Any]
+) -> None:
+    found = weights(folder, "parts", recipe_for_two(models, method, parameters))
+    whole = recipe_for_two(models, method, {**parameters, "engine": "mergekit"})
+    assert found == weights(folder, "whole", whole)
+
+
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
@@ -152,11 +160,9 @@ def test_methods_that_merge_entry_by_entry_work_by_parts(
     method: str,
     parameters: dict[str, Any],
 ) -> None:
-    found = weights(tmp_path, "parts", recipe_for_two(tiny_models, method, parameters))
+    assert_parts_change_nothing(tmp_path, tiny_models, method, parameters)
     assert by_parts.count("model.embed_tokens.weight") == -(-256 // (PART // 64))
     assert all(any(kind in name for name in by_parts) for kind in MATRICES)
-    whole = recipe_for_two(tiny_models, method, {**parameters, "engine": "mergekit"})
-    assert found == weights(tmp_path, "whole", whole)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +182,8 @@ def test_methods_of_matrices_merge_everything_else_by_parts(
     method: str,
     parameters: dict[str, Any],
 ) -> None:
-    found = weights(tmp_path, "parts", recipe_for_two(tiny_models, method, parameters))
+    assert_parts_change_nothing(tmp_path, tiny_models, method, parameters)
     assert set(by_parts) == {"model.embed_tokens.weight", "lm_head.weight"}
-    whole = recipe_for_two(tiny_models, method, {**parameters, "engine": "mergekit"})
-    assert found == weights(tmp_path, "whole", whole)
 
 
 @pytest.mark.parametrize(
@@ -479,3 +483,20 @@ def test_who_computes_in_turns() -> None:
     long = {"doge", "opcm", "optmerge", "pcb", "tsvm", "wudi"}
     assert alone == CATALOG.keys() - long - {"distribution_fusion", "unconstrained"}
     assert {n for n, row in FAST.items() if not row.by_pieces} == {"della", "della_linear"}
+
+
+@pytest.mark.parametrize(
+    ("options", "turns"),
+    [
+        ({}, True),
+        ({"num_threads": 2}, False),
+        ({"device": "cuda"}, False),
+        ({"device": "cpu"}, True),
+    ],
+)
+def test_threads_that_are_asked_for_and_devices_know_no_turns(
+    options: dict[str, Any], turns: bool
+) -> None:
+    held = Workers(None, None, None, compat.MergeOptions(**options), lambda _: None)  # type: ignore[arg-type]
+    job = SimpleNamespace(task=SimpleNamespace(method=SimpleNamespace(by_pieces=True)))
+    assert held._takes_turns(job) == turns  # type: ignore[arg-type]
