@@ -1,12 +1,13 @@
-"""Tensor by tensor: read, merged, written, noted, by threads with one torch thread each.
+"""Tensor by tensor: read, merged, written, noted, by workers with one torch thread each.
 
 The inputs are mapped files, so their pages cost memory while they are mapped, and no longer than
 that: the pages behind a kernel that goes through a tensor by pieces are given back at once, and a
 tensor whose rows can be merged one by one (`entrywise`) is read, merged and written by parts of a
-few MiB. Kernels that call torch for a piece at a time compute in turns (`_takes_turns`), while
-other threads write. How many tensors are under way at a time is bounded by `memory_budget`.
+few MiB. How many tensors are under way at a time is bounded by `memory_budget`.
 
-Devices: device.py.
+Workers are processes where a kernel calls torch for a piece at a time and there is much to do
+(processes.py), and threads otherwise, in which such kernels compute in turns (`_takes_turns`) while
+other threads write. Devices: device.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeOptions, ModelReference, PlannedTask
 from mergekit_unconstrained.config.recipe import JobOptions
+from mergekit_unconstrained.engine import processes
 from mergekit_unconstrained.engine.context import role_of
 from mergekit_unconstrained.engine.device import Lane
 from mergekit_unconstrained.engine.footprint import OneTensor
@@ -107,7 +109,7 @@ class Job:
 
 @dataclass
 class Workers:
-    """What every thread needs."""
+    """What every worker needs."""
 
     writer: Writer
     notes: Journal
@@ -116,30 +118,30 @@ class Workers:
     advance: Callable[[int], Any]
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._here = threading.local()
 
     def start(self) -> None:
-        """Called once in every thread."""
+        """Called once in every thread or process."""
         torch.set_num_threads(1)
         self._here.lane = Lane(self.options.device or "cpu")
         compat.set_loader_options(self.options)
 
-    def work_all(self, jobs: Sequence[Job]) -> int:
-        """Work on one after the other; gives the footprint that is free again."""
-        for job in jobs:
-            self.work(job)
-        return _footprint(jobs)
+    def work_all(self, jobs: Sequence[Job]) -> list[str]:
+        """Work on one after the other; gives their hashes."""
+        return [self.work(job) for job in jobs]
 
-    def work(self, job: Job) -> None:
-        """Read, merge and write one tensor."""
+    def work(self, job: Job) -> str:
+        """Read, merge and write one tensor; gives the hash of its bytes."""
         parts = self._whole(job) if job.is_whole else self._parts(job)
-        digest = self.writer.write(job.output.name, parts)
-        with self._lock:
+        return self.writer.write(job.output.name, parts)
+
+    def note(self, jobs: Sequence[Job], digests: Sequence[str]) -> None:
+        """Note tensors that are written; called by one thread alone."""
+        for job, digest in zip(jobs, digests, strict=True):
+            self.writer.done(job.output.name)
             self.notes.add(job.output.name, digest)
             self.advance(job.output.bytes)
-        self.writer.follow()
 
     def _whole(self, job: Job) -> Iterator[torch.Tensor]:
         read = {m: i.read() for m, i in job.inputs.items()}
@@ -222,29 +224,62 @@ def _giving_back(job: Job) -> Iterator[None]:
 def merge_all(
     jobs: Sequence[Job], workers: Workers, settings: JobOptions, options: MergeOptions
 ) -> None:
-    """Merge all tensors, as many at a time as there are threads and memory for."""
-    threads = options.num_threads or os.cpu_count() or 1
+    """Merge all tensors, as many at a time as there are workers and memory for."""
+    count = options.num_threads or os.cpu_count() or 1
     budget = settings.memory_budget or _half_of_memory()
     if warning := over_budget(jobs, settings):
         LOG.warning(warning)
     used = 0
-    running: set[Future[int]] = set()
-    with _one_torch_thread(), ThreadPoolExecutor(threads, initializer=workers.start) as pool:
+    running: dict[Future[list[str]], list[Job]] = {}
+
+    def note_one() -> int:
+        """Wait for a worker and note what it did; gives the footprint that is free again."""
+        future = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+        few = running.pop(future)
+        workers.note(few, future.result())
+        hashing.submit(workers.writer.follow)
+        return _footprint(few)
+
+    with (
+        _one_torch_thread(),
+        _pool(jobs, workers, count, options) as pool,
+        ThreadPoolExecutor(1, thread_name_prefix="sha256") as hashing,
+    ):
         try:
-            for few in _batches(jobs):
+            for few in _batches(jobs, pool.batch_bytes):
                 needed = _footprint(few)
-                while running and (len(running) > threads or used + needed > budget):
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    used -= sum(future.result() for future in finished)
+                while running and (len(running) > count or used + needed > budget):
+                    used -= note_one()
                 for one in (i for job in few for i in job.inputs.values()):
                     one.advise(mmap.MADV_WILLNEED)
                 used += needed
-                running.add(pool.submit(workers.work_all, few))
-            for future in running:
-                future.result()
+                running[pool.submit(few)] = few
+            while running:
+                note_one()
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.executor.shutdown(wait=True, cancel_futures=True)
+            for future, few in running.items():
+                if not future.cancelled() and future.exception() is None:
+                    with suppress(Exception):  # a full disk, say, which is what is told anyway
+                        workers.note(few, future.result())
             raise
+        finally:
+            hashing.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _pool(
+    jobs: Sequence[Job], workers: Workers, count: int, options: MergeOptions
+) -> Iterator[processes.Pool]:
+    """Processes or threads."""
+    if processes.are_worth_it(jobs, count, options.device):
+        with processes.forked(jobs, workers, count) as pool:
+            yield pool
+        return
+    with ThreadPoolExecutor(count, initializer=workers.start) as threads:
+        yield processes.Pool(
+            threads, lambda few: threads.submit(workers.work_all, few), BATCH_BYTES
+        )
 
 
 def over_budget(jobs: Sequence[Job], settings: JobOptions) -> str:
@@ -260,14 +295,14 @@ def over_budget(jobs: Sequence[Job], settings: JobOptions) -> str:
     )
 
 
-def _batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Small tensors one after the other in one go: passing them between threads takes longer."""
+def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Small tensors one after the other in one go: to pass them on by themselves takes longer."""
     few: list[Job] = []
     filled = 0
     for job in jobs:
         few.append(job)
         filled += job.output.bytes
-        if filled >= BATCH_BYTES:
+        if filled >= size:
             yield few
             few, filled = [], 0
     if few:

@@ -60,8 +60,12 @@ class Writer:
             found.update(raw)
             at += len(raw)
         assert at == slot.end, f"{name} has fewer bytes than were planned"
-        shard.done(slot)
         return found.hexdigest()
+
+    def done(self, name: str) -> None:
+        """A tensor is written, maybe by another process."""
+        slot = self.layout.slots[name]
+        self._shards[slot.shard].done(slot)
 
     def follow(self) -> None:
         """Let the sha256 of all files catch up with what is written, unless another thread does."""

@@ -46,9 +46,10 @@ def growth(run: Callable[[], Any]) -> tuple[int, Any]:
 def main(recipe: str, out: str) -> None:
     work, measure = Workers.work, prepass.measure
 
-    def measured_work(self: Workers, job: Job) -> None:
-        grown, _ = growth(functools.partial(work, self, job))
+    def measured_work(self: Workers, job: Job) -> str:
+        grown, digest = growth(functools.partial(work, self, job))
         found["tensors"].append([job.output.name, job.output.shape, job.footprint, grown])
+        return digest
 
     def measured_prepass(*args: Any, **kwargs: Any) -> Any:
         found["prepass"], result = growth(functools.partial(measure, *args, **kwargs))

@@ -28,6 +28,7 @@ SIZES: dict[str, dict[str, int]] = {
 class Usage:
     """What one finished process took.
 
+    Processes that it forks count: their memory with what they share divided among them.
     anon_mib, file_mib: its own memory and its mapped files (libraries, inputs) when both together
     were largest; 0 where the system does not say.
     """
@@ -39,24 +40,19 @@ class Usage:
 
 
 WATCH = """
-import json, os, subprocess, sys, time
-process = subprocess.Popen(sys.argv[2:])
-most = [0, 0]
+import json, os, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+import family
+process = subprocess.Popen(sys.argv[3:])
+most = [0, 0, 0]
 while True:
-    try:
-        with open(f"/proc/{process.pid}/status") as stream:
-            lines = dict(line.split(":", 1) for line in stream)
-        now = [int(lines[key].split()[0]) for key in ("RssAnon", "RssFile")]
-        most = max(most, now, key=sum)
-    except (OSError, KeyError):
-        pass
+    most = max(most, family.memory(process.pid))
     done, status, usage = os.wait4(process.pid, os.WNOHANG)
     if done:
         break
-    time.sleep(0.004)
 cpu = usage.ru_utime + usage.ru_stime
-found = [os.waitstatus_to_exitcode(status), cpu, usage.ru_maxrss, *most]
-os.write(int(sys.argv[1]), json.dumps(found).encode())
+found = [os.waitstatus_to_exitcode(status), cpu, max(usage.ru_maxrss, most[0]), *most[1:]]
+os.write(int(sys.argv[2]), json.dumps(found).encode())
 """
 """Runs a command. A process of its own, and a small one: until a new process has become another
 program, Linux counts the memory of the one that started it as its peak."""
@@ -72,7 +68,8 @@ def usage_of(command: list[str], *, plugins: bool = True, folder: Path | None = 
     log = Path(folder or ".") / "bench.log" if folder else Path(os.devnull)
     reading, writing = os.pipe()
     with log.open("wb") as output, os.fdopen(reading) as answer:
-        watched = [sys.executable, "-I", "-S", "-c", WATCH, str(writing), *command]
+        here = str(Path(__file__).parent)
+        watched = [sys.executable, "-I", "-S", "-c", WATCH, here, str(writing), *command]
         with subprocess.Popen(
             watched, stdout=output, stderr=output, env=env, cwd=folder, pass_fds=(writing,)
         ):

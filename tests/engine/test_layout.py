@@ -36,6 +36,7 @@ def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
     writer = Writer(tmp_path, layout)
     for name, tensor in sorted(held.items(), reverse=True):
         writer.write(name, [tensor])
+        writer.done(name)
         writer.follow()
     (digest,) = writer.finish().items()
     safetensors.torch.save_file(held, tmp_path / "theirs", metadata={"format": "pt"})
@@ -70,6 +71,7 @@ def test_nothing_has_a_final_name_before_the_end(tmp_path: Path) -> None:
     assert [s.name for s in layout.shards][:1] == ["model-00001-of-00003.safetensors"]
     writer = Writer(tmp_path, layout)
     writer.write("a", [torch.ones(4)])
+    writer.done("a")
     assert all(p.name.endswith(".unfinished") for p in tmp_path.iterdir())
     with pytest.raises(AssertionError, match="b was never written"):
         writer.finish()
@@ -113,6 +115,7 @@ def test_a_file_gets_its_name_only_when_it_is_on_the_disk(
     monkeypatch.setattr(Path, "rename", renamed)
     writer = Writer(tmp_path, lay_out([Output("a", (3,), torch.float32)], 0))
     writer.write("a", [torch.ones(3)])
+    writer.done("a")
     assert happened == []
     writer.finish()
     assert happened == ["on the disk", "model.safetensors"]
@@ -130,6 +133,7 @@ def test_large_parts_are_sent_to_the_disk_at_once(
     held.write("a", [tensor[:2], tensor[2:4], tensor[4:, : 1 << 10], tensor[4:, 1 << 10 :]])
     row = 1 << 20
     assert sent == [(start, 2 * row), (start + 2 * row, 2 * row)]
+    held.done("a")
     held.finish()
 
 

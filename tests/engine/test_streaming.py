@@ -278,9 +278,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = workers.Workers.work
 
-    def work(self: Any, job: workers.Job) -> None:
+    def work(self: Any, job: workers.Job) -> str:
         names.append(job.output.name)
-        real(self, job)
+        return real(self, job)
 
     monkeypatch.setattr(workers.Workers, "work", work)
     return names
