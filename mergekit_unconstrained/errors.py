@@ -7,7 +7,7 @@
     │   └── NonFiniteError      NaN or infinity in a weight
     ├── DataError               a data file or one of its rows cannot be used
     ├── OutputError             the output folder cannot be used, or the disk is full
-    ├── WorkerKilledError       a process of a merge was killed (a MemoryError, as it most likely is)
+    ├── WorkerKilledError       a process of a merge was killed, most likely for want of memory
     ├── HubError                the Hub refuses, cannot be reached, or may not be given something
     └── MissingExtraError       a feature needs packages that are not installed
 

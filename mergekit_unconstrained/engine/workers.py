@@ -237,7 +237,8 @@ def merge_all(
         future = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
         few = running.pop(future)
         workers.note(few, future.result())
-        hashing.submit(workers.writer.follow)
+        if workers.writer.hashes:
+            hashing.submit(workers.writer.follow)
         return _footprint(few)
 
     with (

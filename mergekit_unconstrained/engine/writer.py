@@ -34,7 +34,7 @@ class Writer:
         """hashes: whether the sha256 of the files is wanted."""
         self.layout = layout
         self._folder = folder
-        self._hashes = hashes
+        self.hashes = hashes
         self._shards = [_ShardFile(folder, shard) for shard in layout.shards]
 
     def recheck(self, finished: Mapping[str, str]) -> set[str]:
@@ -69,14 +69,14 @@ class Writer:
 
     def follow(self) -> None:
         """Let the sha256 of all files catch up with what is written, unless another thread does."""
-        for shard in self._shards if self._hashes else ():
+        for shard in self._shards if self.hashes else ():
             shard.follow(wait=False)
 
     def finish(self) -> dict[str, str]:
         """Give all files their names; file name -> sha256, where it is wanted."""
         digests = {}
         for shard in self._shards:
-            if self._hashes:
+            if self.hashes:
                 shard.follow(wait=True)
                 digests[shard.name] = shard.digest_of_all()
             shard.finish()
