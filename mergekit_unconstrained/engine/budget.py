@@ -5,7 +5,6 @@ The same as the engine reckons while it merges (engine/workers.py), which is on 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.plan import Plan, PlannedTensor
 from mergekit_unconstrained.engine.source import DTYPES
-from mergekit_unconstrained.engine.workers import Job, over_budget
+from mergekit_unconstrained.engine.workers import Job, cores, over_budget
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def most_memory(plan: Plan) -> int:
         return plan.out_bytes + largest * (len(plan.experts) + 4)
     with using(MergeContext(plan.roles)):
         found = sorted((job.footprint for job in _jobs(plan)), reverse=True)
-    together = sum(found[: os.cpu_count() or 1])
+    together = sum(found[: cores()])
     return max(*found[:1], min(together, plan.job.memory_budget or together), 0)
 
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from mergekit_unconstrained.engine.workers import Job, Workers
 
 LINUX = sys.platform == "linux"
-WORTH_FORKING = 64 << 20
-"""Bytes of output from which on processes gain more than starting them takes (some 50 ms)."""
+WORTH_A_PROCESS = 32 << 20
+"""Bytes of output for which a process gains more than starting it takes (some 20 ms)."""
 BATCH_BYTES = 16 << 20
 """Bytes of tensors that a process is given at a time, at most; to give them costs 1 ms."""
 BATCHES = 8
@@ -49,19 +49,22 @@ class Pool:
 
     executor: Executor
     submit: Callable[[Sequence[Job]], Future[list[str]]]
+    count: int
     batch_bytes: int
 
 
-def are_worth_it(jobs: Sequence[Job], processes: int, device: str | None) -> bool:
-    """Whether forked processes merge these tensors faster than threads do."""
-    return (
-        LINUX
-        and processes > 1
-        and device in (None, "cpu")
-        and sum(job.output.bytes for job in jobs) >= WORTH_FORKING
-        and all(getattr(job.task.method, "by_pieces", False) for job in jobs)
-        and _has_semaphores()
-    )
+def how_many(jobs: Sequence[Job], most: int, device: str | None) -> int:
+    """How many forked processes to merge these tensors by; 0 where threads are better."""
+    if not LINUX or device not in (None, "cpu"):
+        return 0
+    if not all(getattr(job.task.method, "by_pieces", False) for job in jobs):
+        return 0
+    count = min(most, _bytes(jobs) // WORTH_A_PROCESS)
+    return count if count > 1 and _has_semaphores() else 0
+
+
+def _bytes(jobs: Sequence[Job]) -> int:
+    return sum(job.output.bytes for job in jobs)
 
 
 def _has_semaphores() -> bool:
@@ -74,15 +77,15 @@ def _has_semaphores() -> bool:
 
 
 @contextmanager
-def forked(jobs: Sequence[Job], workers: Workers, processes: int) -> Iterator[Pool]:
+def forked(jobs: Sequence[Job], workers: Workers, count: int) -> Iterator[Pool]:
     """So many processes; WorkerKilledError where one is killed."""
     context = multiprocessing.get_context("fork")
     records = context.Queue()
     listener = QueueListener(records, _Again())
     held = {job.output.name: job for job in jobs}
-    total = sum(job.output.bytes for job in jobs)
+    batch_bytes = min(BATCH_BYTES, _bytes(jobs) // (BATCHES * count))
     pool = ProcessPoolExecutor(
-        processes, context, initializer=_begin, initargs=(os.getpid(), workers, held, records)
+        count, context, initializer=_begin, initargs=(os.getpid(), workers, held, records)
     )
 
     def submit(few: Sequence[Job]) -> Future[list[str]]:
@@ -98,7 +101,7 @@ def forked(jobs: Sequence[Job], workers: Workers, processes: int) -> Iterator[Po
         listener.start()
         try:
             with pool:
-                yield Pool(pool, submit, min(BATCH_BYTES, total // (BATCHES * processes)))
+                yield Pool(pool, submit, count, batch_bytes)
         finally:
             listener.stop()
     except BrokenProcessPool as error:

@@ -225,7 +225,6 @@ def merge_all(
     jobs: Sequence[Job], workers: Workers, settings: JobOptions, options: MergeOptions
 ) -> None:
     """Merge all tensors, as many at a time as there are workers and memory for."""
-    count = options.num_threads or os.cpu_count() or 1
     budget = settings.memory_budget or _half_of_memory()
     if warning := over_budget(jobs, settings):
         LOG.warning(warning)
@@ -243,13 +242,13 @@ def merge_all(
 
     with (
         _one_torch_thread(),
-        _pool(jobs, workers, count, options) as pool,
+        _pool(jobs, workers, options) as pool,
         ThreadPoolExecutor(1, thread_name_prefix="sha256") as hashing,
     ):
         try:
             for few in _batches(jobs, pool.batch_bytes):
                 needed = _footprint(few)
-                while running and (len(running) > count or used + needed > budget):
+                while running and (len(running) > pool.count or used + needed > budget):
                     used -= note_one()
                 for one in (i for job in few for i in job.inputs.values()):
                     one.advise(mmap.MADV_WILLNEED)
@@ -269,18 +268,26 @@ def merge_all(
 
 
 @contextmanager
-def _pool(
-    jobs: Sequence[Job], workers: Workers, count: int, options: MergeOptions
-) -> Iterator[processes.Pool]:
+def _pool(jobs: Sequence[Job], workers: Workers, options: MergeOptions) -> Iterator[processes.Pool]:
     """Processes or threads."""
-    if processes.are_worth_it(jobs, count, options.device):
-        with processes.forked(jobs, workers, count) as pool:
+    count = options.num_threads or cores()
+    if forked := processes.how_many(jobs, count, options.device):
+        with processes.forked(jobs, workers, forked) as pool:
             yield pool
         return
     with ThreadPoolExecutor(count, initializer=workers.start) as threads:
-        yield processes.Pool(
-            threads, lambda few: threads.submit(workers.work_all, few), BATCH_BYTES
-        )
+
+        def submit(few: Sequence[Job]) -> Future[list[str]]:
+            return threads.submit(workers.work_all, few)
+
+        yield processes.Pool(threads, submit, count, BATCH_BYTES)
+
+
+def cores() -> int:
+    """Those that this process may use, which on a cluster are a part of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def over_budget(jobs: Sequence[Job], settings: JobOptions) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_unconstrained import compat, present
+from mergekit_unconstrained import compat
 from mergekit_unconstrained.catalog import ALIAS_PREFIX
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.document import Document
@@ -109,12 +109,12 @@ def check(path: str, options: MergeOptions) -> str:
         found = job.plan(document, config, method, options)
         job.examine(found)
         return str(found.summary)
-    from mergekit_unconstrained.engine import budget
+    from mergekit_unconstrained.engine import notices
     from mergekit_unconstrained.jobs import whole_model
 
     plan = make_plan(document, config, method, options)
     whole_model.measures_of(plan)
-    if said := budget.warning(plan):
+    for said in notices.before(plan, options):
         LOG.warning(said)
     count = len(plan.experts)
     experts = f"{count} expert{'s' if count != 1 else ''}"
@@ -130,14 +130,10 @@ def show_plan(path: str, out: Path | None, options: MergeOptions) -> None:
         job = whole_models(method)
         job.show(job.plan(document, config, method, options), out)
     else:
-        from mergekit_unconstrained.engine import budget
         from mergekit_unconstrained.jobs import weights
 
         plan = make_plan(document, config, method, options)
-        seconds = weights.estimate_seconds(plan)
-        present.print_plan(plan, out, budget.most_memory(plan), seconds)
-        if said := budget.warning(plan):
-            LOG.warning(said)
+        weights.show(plan, out, options, weights.estimate_seconds(plan))
 
 
 def fuse_until(path: str, out: Path, options: MergeOptions, step: str) -> None:

@@ -26,7 +26,7 @@ from mergekit_unconstrained.compat import (
 )
 from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.parents import Parent
-from mergekit_unconstrained.engine import budget, journal, staging, streaming
+from mergekit_unconstrained.engine import budget, journal, notices, prepass, staging, streaming
 from mergekit_unconstrained.engine.context import MergeContext, using
 from mergekit_unconstrained.engine.digest import BackgroundDigests
 from mergekit_unconstrained.engine.plan import VARIES, Plan, make_plan
@@ -70,6 +70,16 @@ def estimate_seconds(plan: Plan) -> float:
     return elapsed * sum(math.prod(s) for s, _ in shapes) / side**2
 
 
+def show(plan: Plan, out: Path | None, options: MergeOptions, seconds: float | None = None) -> None:
+    """Print what a plan would do, and what is worth saying of it."""
+    measures = whole_model.measures_of(plan)
+    beforehand = prepass.bytes_read(measures, plan.tensors, plan.base.name)
+    present.print_plan(plan, out, budget.most_memory(plan), beforehand, seconds)
+    for said in notices.before(plan, options):
+        LOG.warning(said)
+    Publication(plan.job, "", (plan.base, *plan.experts)).warn()
+
+
 @compat.configs_read_once()
 def run_job(
     run_merge: RunMerge,
@@ -94,11 +104,10 @@ def run_job(
     whole_model.measures_of(plan)
     parents = (plan.base, *plan.experts)
     if plan.job.dry_run:
-        present.print_plan(plan, out, budget.most_memory(plan))
-        if said := budget.warning(plan):
-            LOG.warning(said)
-        Publication(plan.job, "", parents).warn()
+        show(plan, out, options)
         return
+    for said in notices.same_models(plan):
+        LOG.warning(said)
     plan = dataclasses.replace(plan, document=without_keys(plan.document))
     if publication is None:
         publication = Publication(plan.job, _job_hash(plan), parents, quiet=options.quiet)

@@ -57,8 +57,13 @@ def size(count: int) -> str:
     raise AssertionError
 
 
-def print_plan(plan: Plan, out: Path | None, memory: int, seconds: float | None = None) -> None:
-    """Parents, coefficients, sizes and what it will take. memory: bytes for the tensors."""
+def print_plan(
+    plan: Plan, out: Path | None, memory: int, beforehand: int, seconds: float | None = None
+) -> None:
+    """Parents, coefficients, sizes and what it will take.
+
+    memory: bytes for the tensors. beforehand: bytes that are read of whole models before them.
+    """
     table = Table(
         title=f"{escape(plan.method.spec.name)} of {experts(plan)}",
         title_justify="left",
@@ -90,6 +95,8 @@ def print_plan(plan: Plan, out: Path | None, memory: int, seconds: float | None 
         f"disk        {size(plan.out_bytes)} needed, {size(_free(out))} free",
         f"memory      up to {size(memory)} for weights",
     ]
+    if beforehand:
+        lines.append(f"beforehand  {size(beforehand)} read of whole models, if not remembered")
     if seconds is not None:
         lines.append(f"time        about {duration(seconds)} on this machine, start-up apart")
     console.print(escape("\n".join(lines)), highlight=False)

@@ -88,7 +88,7 @@ def test_a_plan_reckons_as_the_merge_does(
     plan = make_plan(*load_recipe(str(tmp_path / "recipe.yml")), compat.MergeOptions())
     with budget.using(budget.MergeContext(plan.roles)):
         assert {job.output.name: job.footprint for job in budget._jobs(plan)} == reckoned
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(budget, "cores", lambda: 2)
     assert budget.most_memory(plan) == sum(sorted(reckoned.values())[-2:])
 
 

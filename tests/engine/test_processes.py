@@ -17,7 +17,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from mergekit_unconstrained import compat
 from mergekit_unconstrained.engine import processes, workers
 from mergekit_unconstrained.engine.writer import UNFINISHED
 from mergekit_unconstrained.errors import MissingExtraError
@@ -32,9 +31,9 @@ LOG = logging.getLogger("some.library")
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Every merge is by two processes; a file that gets a line `pid tensor` for each tensor."""
-    monkeypatch.setattr(processes, "WORTH_FORKING", 0)
+    monkeypatch.setattr(processes, "WORTH_A_PROCESS", 1)
     monkeypatch.setattr(processes, "BATCH_BYTES", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
     real = workers.Workers.work
     seen = tmp_path / "seen"
 
@@ -222,7 +221,7 @@ def _merge_until_killed(folder: Path, recipe: dict[str, Any]) -> None:
         return real(self, job)
 
     workers.Workers.work = work  # type: ignore[method-assign]
-    processes.WORTH_FORKING, processes.BATCH_BYTES = 0, 1
+    processes.WORTH_A_PROCESS = processes.BATCH_BYTES = 1
     run(folder, "out", recipe, "--num-threads", "2")
 
 
@@ -256,33 +255,33 @@ def is_running(pid: int) -> bool:
         return False
 
 
+WORTH = processes.WORTH_A_PROCESS
+
+
 @pytest.mark.parametrize(
-    ("changes", "worth"),
+    ("sizes", "most", "device", "by_pieces", "count"),
     [
-        ({}, True),
-        ({"processes": 1}, False),
-        ({"device": "cpu"}, True),
-        ({"device": "cuda"}, False),
-        ({"size": processes.WORTH_FORKING // 2 - 1}, False),
-        ({"by_pieces": (True, False)}, False),
+        ([WORTH] * 9, 4, None, True, 4),
+        ([WORTH] * 9, 4, "cpu", True, 4),
+        ([WORTH] * 3, 4, None, True, 3),
+        ([WORTH, WORTH - 1], 4, None, True, 0),
+        ([WORTH] * 9, 1, None, True, 0),
+        ([WORTH] * 9, 4, "cuda", True, 0),
+        ([WORTH] * 9, 4, None, False, 0),
+        ([], 4, None, True, 0),
     ],
 )
-def test_when_processes_are_worth_it(changes: dict[str, Any], worth: bool) -> None:
-    given = {
-        "processes": 2,
-        "device": None,
-        "size": processes.WORTH_FORKING // 2,
-        "by_pieces": (True, True),
-        **changes,
-    }
-    jobs = [
-        SimpleNamespace(
-            output=SimpleNamespace(bytes=given["size"]),
-            task=SimpleNamespace(method=SimpleNamespace(by_pieces=by_pieces)),
+def test_so_many_processes_as_are_worth_it(
+    sizes: list[int], most: int, device: str | None, by_pieces: bool, count: int
+) -> None:
+    def job(size: int, by_pieces: bool = True) -> Any:
+        method = SimpleNamespace(by_pieces=by_pieces)
+        return SimpleNamespace(
+            output=SimpleNamespace(bytes=size), task=SimpleNamespace(method=method)
         )
-        for by_pieces in given["by_pieces"]
-    ]
-    assert processes.are_worth_it(jobs, given["processes"], given["device"]) == worth  # type: ignore[arg-type]
+
+    jobs = [*map(job, sizes), job(0, by_pieces)]
+    assert processes.how_many(jobs, most, device) == count
 
 
 def test_where_processes_cannot_wait_for_each_other_there_are_threads(
@@ -303,6 +302,5 @@ def test_garbage_is_looked_for_again_afterwards(
     monkeypatch.setattr(processes.gc, "get_freeze_count", lambda: 0)
     monkeypatch.setattr(processes.gc, "freeze", lambda: frozen.append(True))
     monkeypatch.setattr(processes.gc, "unfreeze", lambda: frozen.append(False))
-    compat.forget_loaders()
     weights(tmp_path, "out", recipe_of(tiny_models))
     assert frozen[-2:] == [True, False]

@@ -424,6 +424,17 @@ def test_a_footprint_covers_inputs_copies_output_and_work() -> None:
     assert job(lambda _: None).footprint == job().footprint
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="all cores are everybody's here")
+def test_the_cores_are_those_that_may_be_used() -> None:
+    everywhere = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(everywhere)})
+        assert workers.cores() == 1
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    assert workers.cores() == len(everywhere)
+
+
 def test_tensors_are_merged_in_the_order_of_the_bases_files(
     tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,7 +469,7 @@ def test_methods_that_go_by_pieces_compute_in_turns(
     by_pieces: bool,
     together: int,
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
     monkeypatch.setattr(workers, "BATCH_BYTES", 1)
     monkeypatch.setattr(compat.get("layerwise"), "by_pieces", by_pieces)
     lock, computing, most = threading.Lock(), 0, 0
