@@ -178,7 +178,15 @@ def test_a_good_recipe_passes_the_check_and_runs(workplace: Path) -> None:
         (lambda r: r.update(parameters={"epsilon": 0.1}), ["'epsilon' means nothing", "della"]),
         (lambda r: r.pop("base_model"), ["needs a `base_model`"]),
         (lambda r: r.pop("merge_method"), ["merge_method"]),
-        (lambda r: r.update(merge_method="layrwise"), ["'layrwise'", "Did you mean 'layerwise'"]),
+        (
+            lambda r: r.update(merge_method="layrwise"),
+            [
+                "recipe.yml:",
+                "merge_method: Unimplemented",
+                "'layrwise'",
+                "Did you mean 'layerwise'",
+            ],
+        ),
         (lambda r: r["models"].append({"model": "./none"}), ["./none does not exist"]),
         (lambda r: r.update(base_model="no/such/base"), ["no/such/base does not exist"]),
         (lambda r: r.update(models=[]), ["models"]),

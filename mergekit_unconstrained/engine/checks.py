@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from mergekit_unconstrained.engine.plan import Plan
 
 
+def check_count(document: Document, method: compat.MergeMethod, experts: int) -> None:
+    """As many experts as the method merges; slices have their own, and mergekit counts them."""
+    contract = method.spec.contract
+    least, most = contract.min_non_base or 0, contract.max_non_base
+    if "models" not in document.data or least <= experts <= (most or experts):
+        return
+    wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{most}"
+    document.fail(
+        ("models",),
+        f"{method.spec.name!r} merges {wanted} expert{'' if wanted == '1' else 's'}, "
+        f"and here {'is' if experts == 1 else 'are'} {experts} beside the base",
+    )
+
+
 def check_layers(
     document: Document,
     config: MergeConfiguration,

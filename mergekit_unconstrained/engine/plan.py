@@ -133,6 +133,7 @@ def make_plan(
     references = sorted(set(config.referenced_models()) - {base_reference}, key=_order(document))
     if not references:
         document.fail((), "names no expert beside the base model")
+    checks.check_count(document, method, len(references))
     base, *experts = [
         read_parent(r, trust_remote_code=options.trust_remote_code)
         for r in (base_reference, *references)

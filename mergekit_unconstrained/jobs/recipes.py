@@ -12,13 +12,17 @@ from mergekit_unconstrained.config.document import Document
 from mergekit_unconstrained.config.first_look import read_recipe
 from mergekit_unconstrained.config.recipe import check_recipe
 from mergekit_unconstrained.engine.plan import Plan, make_plan
-from mergekit_unconstrained.errors import RecipeError
+from mergekit_unconstrained.errors import RecipeError, UnknownMethodError
 
 
 def load_recipe(path: str) -> tuple[Document, MergeConfiguration, MergeMethod]:
     """Read a recipe file for our own commands: one clear error for whatever is wrong with it."""
     document = read_recipe(path)
-    method = compat.get(str(document.data["merge_method"]))
+    try:
+        method = compat.get(str(document.data["merge_method"]))
+    except UnknownMethodError as error:
+        where = document.where(("merge_method",))
+        raise UnknownMethodError(f"{where}: {error.message}") from None
     try:
         config = MergeConfiguration.model_validate(document.data)
     except Exception as error:

@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.cli import main
-from mergekit_unconstrained.engine import journal, streaming, workers, writer
+from mergekit_unconstrained.engine import journal, processes, streaming, workers, writer
 from mergekit_unconstrained.engine.digest import sha256
 from mergekit_unconstrained.engine.journal import Journal
 from tests.conftest import TinyModels
@@ -521,12 +521,20 @@ def test_job_options_are_strict(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("forked", [False, True])
 def test_fifty_kills_at_random_moments_lose_nothing(
-    tmp_path: Path, tiny_models: TinyModels, computed: list[str]
+    tmp_path: Path,
+    tiny_models: TinyModels,
+    computed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    forked: bool,
 ) -> None:
     """Each kill comes after a random number of tensors, in a merge that is gone on with."""
     import random
 
+    if forked:
+        monkeypatch.setattr(processes, "WORTH_A_PROCESS", 1)
+        monkeypatch.setattr(processes, "BATCH_BYTES", 1)
     recipe = recipe_for(tiny_models)
     expected = merged(tmp_path, "whole", recipe)
     moments = random.Random(0)
@@ -546,6 +554,7 @@ def test_fifty_kills_at_random_moments_lose_nothing(
         assert not (tmp_path / "out").exists()
     computed.clear()
     left = 39 - len(list(finished(tmp_path)))
+    monkeypatch.setattr(processes, "LINUX", False)  # where they are counted
     assert merged(tmp_path, "out", recipe) == expected
     assert len(computed) == left
 

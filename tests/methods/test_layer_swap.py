@@ -100,10 +100,17 @@ def test_a_missing_number_says_what_to_write_and_where(
         jobs.check(recipe_of(tiny_models, tmp_path, parameters), compat.MergeOptions())
 
 
-def test_one_expert_is_an_error_that_says_so(tiny_models: Tiny, tmp_path: Path) -> None:
-    models = [tiny_models.base, tiny_models.experts[0]]
-    with pytest.raises(RecipeError, match=r"at least 2 non-base inputs.*got 1"):
-        merged(tmp_path, "layer_swap", models, {"bottom": 1, "top": 1})
+@pytest.mark.parametrize(("count", "said"), [(1, "is 1"), (3, "are 3")])
+def test_a_recipe_with_more_or_fewer_experts_says_so(
+    count: int, said: str, tiny_models: Tiny, tmp_path: Path
+) -> None:
+    path = Path(recipe_of(tiny_models, tmp_path, {"bottom": 1, "top": 1}))
+    recipe = yaml.safe_load(path.read_text())
+    recipe["models"] = [{"model": str(e)} for e in tiny_models.experts[:count]]
+    path.write_text(yaml.safe_dump(recipe))
+    wanted = rf"swap\.yml:\d+: models: 'layer_swap' merges 2 experts, and here {said} beside"
+    with pytest.raises(RecipeError, match=wanted):
+        jobs.check(str(path), compat.MergeOptions())
 
 
 def test_an_expert_far_from_the_base_arrives_bit_for_bit() -> None:
