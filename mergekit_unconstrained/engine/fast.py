@@ -49,6 +49,8 @@ class FastKernel:
 class FastMethod(GroupMergeMethod):
     """One of mergekit's methods with another kernel: same parameters, same contract."""
 
+    in_processes = True
+
     def __init__(self, upstream: MergeMethod, fast: FastKernel, seed: int) -> None:
         self.spec = dataclasses.replace(upstream.spec, name=PREFIX + upstream.spec.name)
         self.seed = seed

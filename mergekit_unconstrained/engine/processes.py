@@ -1,4 +1,4 @@
-"""Worker processes, for kernels that call torch for microseconds at a time.
+"""Worker processes, for methods that call torch again and again on little.
 
 Two threads that do so hand Python's lock to and fro, and take up to twice the CPU time of one
 (recipes/LOG.md); two processes do not know of each other. They are forked, so that they have the
@@ -6,7 +6,8 @@ plan, the mapped parents and the open output without anything being sent to them
 names of tensors there and hashes back. A forked process ends when the one that forked it does, even
 where that is killed, leaves signals from the terminal to it, and sends it what is logged.
 
-Linux only: elsewhere a forked process may not use the system's libraries.
+A method says that it may be merged so by `in_processes`: it keeps nothing from one tensor to the
+next and draws no bars. Linux only: elsewhere a forked process may not use the system's libraries.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def how_many(jobs: Sequence[Job], most: int, device: str | None) -> int:
     """How many forked processes to merge these tensors by; 0 where threads are better."""
     if not LINUX or device not in (None, "cpu"):
         return 0
-    if not all(getattr(job.task.method, "by_pieces", False) for job in jobs):
+    if not all(getattr(job.task.method, "in_processes", False) for job in jobs):
         return 0
     count = min(most, _bytes(jobs) // WORTH_A_PROCESS)
     return count if count > 1 and _has_semaphores() else 0

@@ -45,7 +45,7 @@ def tensor_method(
             ),
             optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
         )(merged)
-        method.by_pieces = CATALOG[name].cost == "entries"
+        method.by_pieces = method.in_processes = CATALOG[name].cost == "entries"
         return method
 
     return decorate

@@ -5,9 +5,9 @@ that: the pages behind a kernel that goes through a tensor by pieces are given b
 tensor whose rows can be merged one by one (`entrywise`) is read, merged and written by parts of a
 few MiB. How many tensors are under way at a time is bounded by `memory_budget`.
 
-Workers are processes where a kernel calls torch for a piece at a time and there is much to do
-(processes.py), and threads otherwise, in which such kernels compute in turns (`_takes_turns`) while
-other threads write. Devices: device.py.
+Workers are processes where the method allows it and there is much to do (processes.py), and threads
+otherwise, in which kernels that call torch for a piece at a time compute in turns (`_takes_turns`)
+while other threads write. Devices: device.py.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ WORTH = processes.WORTH_A_PROCESS
 
 
 @pytest.mark.parametrize(
-    ("sizes", "most", "device", "by_pieces", "count"),
+    ("sizes", "most", "device", "in_processes", "count"),
     [
         ([WORTH] * 9, 4, None, True, 4),
         ([WORTH] * 9, 4, "cpu", True, 4),
@@ -272,15 +272,15 @@ WORTH = processes.WORTH_A_PROCESS
     ],
 )
 def test_so_many_processes_as_are_worth_it(
-    sizes: list[int], most: int, device: str | None, by_pieces: bool, count: int
+    sizes: list[int], most: int, device: str | None, in_processes: bool, count: int
 ) -> None:
-    def job(size: int, by_pieces: bool = True) -> Any:
-        method = SimpleNamespace(by_pieces=by_pieces)
+    def job(size: int, in_processes: bool = True) -> Any:
+        method = SimpleNamespace(in_processes=in_processes)
         return SimpleNamespace(
             output=SimpleNamespace(bytes=size), task=SimpleNamespace(method=method)
         )
 
-    jobs = [*map(job, sizes), job(0, by_pieces)]
+    jobs = [*map(job, sizes), job(0, in_processes)]
     assert processes.how_many(jobs, most, device) == count
 
 

@@ -23,7 +23,7 @@ from mergekit_unconstrained.catalog import CATALOG
 from mergekit_unconstrained.cli import main
 from mergekit_unconstrained.config.recipe import JobOptions
 from mergekit_unconstrained.engine import workers
-from mergekit_unconstrained.engine.fast import FAST
+from mergekit_unconstrained.engine.fast import FAST, FastMethod
 from mergekit_unconstrained.engine.layout import Output
 from mergekit_unconstrained.engine.source import MappedFile
 from mergekit_unconstrained.engine.workers import Workers
@@ -498,6 +498,14 @@ def test_who_computes_in_turns() -> None:
     long = {"doge", "opcm", "optmerge", "pcb", "tsvm", "wudi"}
     assert alone == CATALOG.keys() - long - {"distribution_fusion", "unconstrained"}
     assert {n for n, row in FAST.items() if not row.by_pieces} == {"della", "della_linear"}
+
+
+def test_who_may_be_merged_by_processes() -> None:
+    """All but those of matrices, which draw bars and compute in long calls."""
+    assert all(FastMethod(compat.get(n), row, 0).in_processes for n, row in FAST.items())
+    forked = {name for name in CATALOG if getattr(compat.get(name), "in_processes", False)}
+    matrices = {"doge", "opcm", "optmerge", "tsvm", "wudi"}
+    assert forked == CATALOG.keys() - matrices - {"distribution_fusion", "unconstrained"}
 
 
 @pytest.mark.parametrize(
