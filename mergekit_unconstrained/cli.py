@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -333,4 +334,17 @@ def _merge_options(arguments: list[str]) -> Any:
     """mergekit's own options, parsed by mergekit's own definitions."""
     from mergekit_unconstrained import compat
 
-    return compat.parse_options(arguments, "mergekit-unconstrained yaml RECIPE OUT")
+    before = set(logging.root.handlers)
+    options = compat.parse_options(arguments, "mergekit-unconstrained yaml RECIPE OUT")
+    for handler in set(logging.root.handlers) - before:
+        handler.setFormatter(_OwnWords(logging.BASIC_FORMAT))
+    return options
+
+
+class _OwnWords(logging.Formatter):
+    """`Warning: ...` for what this package says, without the names of its modules."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not record.name.startswith("mergekit_unconstrained"):
+            return super().format(record)
+        return f"{record.levelname.capitalize()}: {record.getMessage()}"

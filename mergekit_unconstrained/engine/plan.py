@@ -7,7 +7,8 @@ shown here is what will be computed. It runs on headers alone: no download, no a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from mergekit_unconstrained import compat
 from mergekit_unconstrained.compat import MergeConfiguration, MergeMethod, MergeOptions
 from mergekit_unconstrained.config.agreement import HOW_TO_MERGE_VOCABULARIES, check_agreement
-from mergekit_unconstrained.config.document import Document
+from mergekit_unconstrained.config.document import Document, walk
 from mergekit_unconstrained.config.parents import Parent, TensorHeader, read_parent
 from mergekit_unconstrained.config.recipe import JobOptions, check_recipe
 from mergekit_unconstrained.config.table import Coefficients, Table, load_table
@@ -193,15 +194,14 @@ def _shared(tasks: list[compat.PlannedTask]) -> dict[str, Any]:
     }
 
 
-def _order(document: Document) -> Any:
+def _order(document: Document) -> Callable[[compat.ModelReference], tuple[int, str]]:
     """mergekit keeps models in a set; the recipe's own order is the order of the file."""
-    text = document.text or str(document.data)
-
-    def key(reference: compat.ModelReference) -> tuple[int, str]:
-        position = text.find(str(reference))
-        return (position if position >= 0 else len(text), str(reference))
-
-    return key
+    places: dict[compat.ModelReference, int] = {}
+    for place, value in walk(document.data):
+        if place and place[-1] == "model":
+            with suppress(ValueError):
+                places.setdefault(compat.ModelReference.model_validate(value), len(places))
+    return lambda reference: (places.get(reference, len(places)), str(reference))
 
 
 # -- tensors --------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from mergekit_unconstrained import cli
 from mergekit_unconstrained.cli import main
+from mergekit_unconstrained.jobs.recipes import plan_recipe
 from tests.conftest import TinyModels
 from tests.engine.test_workers import recipe_of
 
@@ -95,3 +97,32 @@ def test_what_is_read_beforehand_is_in_the_plan(
     number, unit = read.split()
     found = float(number) * {"KiB": 2**10, "MiB": 2**20}[unit]
     assert found == pytest.approx(2 * size * 4 / 3, rel=0.05)  # two passes over base and experts
+
+
+def test_experts_stand_in_the_order_of_the_recipe_whatever_their_names(
+    tmp_path: Path, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """./b is the beginning of ./base, which comes first in the text."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in zip(
+        ("base", "c", "b"), (tiny_models.base, *tiny_models.experts), strict=False
+    ):
+        Path(name).symlink_to(model)
+    recipe = recipe_of(TinyModels(Path("base"), (Path("c"), Path("b"))))
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    for name in ("base", "c", "b"):
+        text = text.replace(f": {name}\n", f": ./{name}\n")
+    Path("recipe.yml").write_text(text)
+    plan = plan_recipe("recipe.yml")
+    assert [e.name for e in plan.experts] == ["./c", "./b"]
+
+
+def test_our_warnings_come_without_the_names_of_modules(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    cli._merge_options([])
+    logging.getLogger("mergekit_unconstrained.engine.workers").warning("%d legs", 6)
+    logging.getLogger("somebody.else").warning("two feelers")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["Warning: 6 legs", "WARNING:somebody.else:two feelers"]
