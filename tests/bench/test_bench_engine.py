@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "della": {"weight": 0.3, "density": 0.5},
     "della_linear": {"weight": 0.3, "density": 0.5},
 }
-TOUCHED = 6 << 30
+TOUCHED = 8 << 30
 """Bytes of memory that are used once before every run."""
 EXPERTS = {"slerp": 1, "nuslerp": 2}
 PASSES = {"linear": 1, "task_arithmetic": 1, "slerp": 2}
@@ -149,7 +149,8 @@ def touch_memory() -> None:
     child = os.fork()
     if child == 0:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        held = mmap.mmap(-1, min(TOUCHED, free // 2))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        held = mmap.mmap(-1, min(TOUCHED, free * 9 // 10), flags=flags)
         for at in range(0, len(held), mmap.PAGESIZE):
             held[at] = 1
         os._exit(0)
