@@ -56,12 +56,11 @@ class Pool:
 
 def how_many(jobs: Sequence[Job], most: int, device: str | None) -> int:
     """How many forked processes to merge these tensors by; 0 where threads are better."""
-    if not LINUX or device not in (None, "cpu"):
-        return 0
-    if not all(getattr(job.task.method, "in_processes", False) for job in jobs):
-        return 0
     count = min(most, _bytes(jobs) // WORTH_A_PROCESS)
-    return count if count > 1 and _has_semaphores() else 0
+    if not LINUX or device not in (None, "cpu") or count < 2:
+        return 0
+    allowed = all(getattr(job.task.method, "in_processes", False) for job in jobs)
+    return count if allowed and _has_semaphores() else 0
 
 
 def _bytes(jobs: Sequence[Job]) -> int:
