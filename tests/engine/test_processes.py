@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,16 @@ def test_processes_write_the_bytes_that_threads_write(
     monkeypatch.setattr(processes, "LINUX", False)
     assert found == weights(tmp_path, "threads", recipe, *options)
     assert pids(forks) == {os.getpid()}
+
+
+def test_a_merge_in_a_thread_of_a_server_forks_too(
+    tmp_path: Path, tiny_models: TinyModels, forks: Path
+) -> None:
+    recipe = recipe_of(tiny_models)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(weights, tmp_path, "out", recipe).result()
+    assert os.getpid() not in pids(forks)
+    assert found == weights(tmp_path, "whole", recipe)
 
 
 def test_the_hashes_are_those_of_the_files(
