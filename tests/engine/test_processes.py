@@ -279,7 +279,6 @@ WORTH = processes.WORTH_A_PROCESS
         ([WORTH] * 9, 1, None, True, 0),
         ([WORTH] * 9, 4, "cuda", True, 0),
         ([WORTH] * 9, 4, None, False, 0),
-        ([], 4, None, True, 0),
     ],
 )
 def test_so_many_processes_as_are_worth_it(
@@ -293,6 +292,8 @@ def test_so_many_processes_as_are_worth_it(
 
     jobs = [*map(job, sizes), job(0, in_processes)]
     assert processes.how_many(jobs, most, device) == count
+    jobs[0].task.method = SimpleNamespace()  # of somebody else's, who was not asked
+    assert processes.how_many(jobs, most, device) == 0
 
 
 def test_where_processes_cannot_wait_for_each_other_there_are_threads(

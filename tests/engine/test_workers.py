@@ -387,6 +387,28 @@ def test_tensors_under_way_stay_within_the_budget_and_use_it() -> None:
     assert under(100, 100, *[30] * 6).most == 3  # the room of what is done is used again
 
 
+def test_what_others_finish_after_an_error_is_noted() -> None:
+    noted: list[str] = []
+    begun = threading.Event()
+
+    class Failing(Counting):
+        def work_all(self, jobs: Any) -> list[str]:
+            (job,) = jobs
+            if job.output.name == "0":
+                assert begun.wait(10)
+                raise ValueError(job.output.name)
+            begun.set()
+            return super().work_all(jobs)
+
+        def note(self, jobs: Any, digests: Any) -> None:
+            noted.extend(job.output.name for job in jobs)
+
+    options = compat.MergeOptions(num_threads=3)
+    with pytest.raises(ValueError, match="0"):
+        workers.merge_all(jobs_of(1, 1), Failing(), JobOptions(), options)  # type: ignore[arg-type]
+    assert noted == ["1"]
+
+
 def test_what_is_larger_than_the_budget_is_merged_alone() -> None:
     found = under(100, 10, 10, 500, 10, 10)
     assert found.peak == 500
