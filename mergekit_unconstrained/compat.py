@@ -230,6 +230,8 @@ def parse_options(arguments: list[str], usage: str) -> MergeOptions:
     parsed = options.main(arguments, standalone_mode=False)
     if not isinstance(parsed, MergeOptions):  # --help returns an exit status
         raise click.exceptions.Exit(int(parsed or 0))
+    if parsed.num_threads is not None and parsed.num_threads < 1:
+        raise click.UsageError("--num-threads: one at least")
     parsed.apply_global_options()
     return parsed
 

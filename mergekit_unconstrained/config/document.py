@@ -22,7 +22,8 @@ class Document:
     """Parsed YAML (or JSON, which is YAML) with the line and span of every value.
 
     name: what messages call it. text: None when only the parsed data survived, as in the front ends
-    that parse recipes themselves; messages then name the place without a line.
+    that parse recipes themselves; messages then name the place without a line. file_lines: those of
+    the user's file, where the text is another one.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Document:
     text: str | None = None
     lines: dict[Place, int] = field(default_factory=dict)
     spans: dict[Place, tuple[int, int]] = field(default_factory=dict)
+    file_lines: dict[Place, int] | None = None
 
     @classmethod
     def parse(cls, text: str, name: str) -> Document:
@@ -111,9 +113,9 @@ class Document:
         path = ""
         for part in place:
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        lines = self.lines if self.file_lines is None else self.file_lines
         known = line or next(
-            (self.lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in self.lines),
-            None,
+            (lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in lines), None
         )
         file = f"{self.name}:{known}" if known else self.name
         return f"{file}: {path}" if path else file

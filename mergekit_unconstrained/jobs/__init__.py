@@ -8,8 +8,9 @@ one recipe. Every front end of mergekit comes here through the hook (`run`); our
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,11 @@ def run_recipe(
     if useless and not compat.is_ours(method):
         than = ", or with --fast" if set(useless) <= set(fast.JOB_KEYS) else ""
         raise RecipeError(
-            f"{path}: {', '.join(useless)} work with our methods only{than}, and "
+            f"{path}: {_options(useless)} for our methods only{than}, and "
             f"{method.spec.name!r} is mergekit's own"
         )
+    if fast_kernels and compat.is_ours(method):
+        LOG.warning("--fast is for mergekit's own methods: %s is always so", method.spec.name)
     if is_fast:
         fast.run(compat.run_merge, config, Path(out), options, document.text, overrides)
     elif compat.is_builtin(method):
@@ -97,8 +100,13 @@ def run_recipe(
             # Into the text, so that the recipe that is kept with the result says it too.
             parameters = {**(document.data.get("parameters") or {}), **overrides}
             text = yaml.safe_dump({**document.data, "parameters": parameters}, sort_keys=False)
-            document = Document.parse(text, path)
+            document = dataclasses.replace(Document.parse(text, path), file_lines=document.lines)
         _run(compat.run_merge, method, config, Path(out), options, document)
+
+
+def _options(keys: Sequence[str]) -> str:
+    names = ", ".join("--" + key.replace("_", "-") for key in keys)
+    return f"{names} {'is' if len(keys) == 1 else 'are'}"
 
 
 def check(path: str, options: MergeOptions) -> str:

@@ -110,7 +110,10 @@ def _work(config: MergeConfiguration, options: MergeOptions, job: JobOptions) ->
     headers = {r: cache.get(r).index.tensor_paths for r in references}
     method = fast_method(config.merge_method, options.random_seed or 0)
     variant = config.model_copy(update={"merge_method": method.spec.name})
-    tasks = compat.plan_tasks(variant, architecture, options, out_config, headers)
+    try:
+        tasks = compat.plan_tasks(variant, architecture, options, out_config, headers)
+    except ValueError as error:  # mergekit's own words, without its traceback
+        raise RecipeError(f"the recipe cannot be planned: {error}") from error
     trust = options.trust_remote_code
     types = {r: getattr(r.config(trust_remote_code=trust), "model_type", "") for r in references}
     base = config.base_model

@@ -442,8 +442,8 @@ def test_parameters_that_mergekit_passes_over_are_named(
     ("options", "said"),
     [
         (["--fast", "--memory-budget", "much"], "must be a size such as `8GiB`, not 'much'"),
-        (["--memory-budget", "1GiB"], "memory_budget work with our methods only, or with --fast"),
-        (["--fast", "--allow-nan"], "allow_nan work with our methods only, and"),
+        (["--memory-budget", "1GiB"], "--memory-budget is for our methods only, or with --fast"),
+        (["--fast", "--allow-nan"], "--allow-nan is for our methods only, and"),
     ],
 )
 def test_job_options_that_cannot_be(

@@ -126,3 +126,45 @@ def test_our_warnings_come_without_the_names_of_modules(
     logging.getLogger("somebody.else").warning("two feelers")
     said = capsys.readouterr().err.splitlines()
     assert said == ["Warning: 6 legs", "WARNING:somebody.else:two feelers"]
+
+
+def test_lines_are_the_files_where_an_option_goes_before_the_recipe(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        f"""merge_method: layerwise
+base_model: {tiny_models.base}
+models:
+  - {{model: {tiny_models.experts[0]}, parameters: {{weight: 0.5}}}}
+  - {{model: {tiny_models.experts[1]}, parameters: {{wieght: 0.5}}}}
+"""
+    )
+    for options in ([], ["--dry-run"], ["--memory-budget", "1GiB"]):
+        result = CliRunner().invoke(main, ["yaml", str(path), str(tmp_path / "out"), *options])
+        assert result.exit_code == 1
+        assert "recipe.yml:5: models[1].parameters.wieght" in "".join(result.output.split("\n"))
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_no_threads_are_refused(tmp_path: Path, tiny_models: TinyModels, count: str) -> None:
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe_of(tiny_models)))
+    arguments = ["yaml", str(tmp_path / "recipe.yml"), str(tmp_path / "out")]
+    result = CliRunner().invoke(main, [*arguments, "--num-threads", count])
+    assert result.exit_code == 2
+    assert "--num-threads: one at least" in result.output
+
+
+def test_fast_says_that_it_does_nothing_for_ours_and_what_cannot_be_planned(
+    tmp_path: Path, tiny_models: TinyModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_of(tiny_models)
+    text = said(tmp_path, recipe, caplog, "yaml", str(tmp_path / "o"), "--fast", "--dry-run")
+    assert "--fast is for mergekit's own methods: layerwise is always so" in text
+    recipe["merge_method"] = "task_arithmetic"
+    recipe["models"].append(recipe["models"][0])
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    arguments = ["yaml", str(tmp_path / "recipe.yml"), str(tmp_path / "out"), "--fast"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "Error: the recipe cannot be planned: Duplicate merge inputs" in result.output
