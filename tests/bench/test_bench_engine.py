@@ -5,10 +5,11 @@ imported everything, so that its CPU seconds and peak memory are those of the wo
 reading, merging, writing. Results are kept in a JSON file as they come, and a second run does only
 what is missing: MERGEKIT_UNCONSTRAINED_BENCH_RESULTS names it (engine-SIZE.json in the current
 directory by default). MERGEKIT_UNCONSTRAINED_BENCH chooses the size, ..._METHODS and ..._DTYPES a
-comma-separated list, ..._THREADS how many of ours compute side by side (mergekit's --num-threads;
-in turns by default), ..._REPEATS how often everything runs; who begins changes from one round to
-the next, since memory that was in use a moment ago costs less. `layerwise ties` is our method in
-float32 arithmetic, its sha256 included, beside mergekit's ties. Nothing is asserted about time.
+comma-separated list, ..._THREADS how many of ours work side by side (mergekit's --num-threads;
+as many as there are cores by default), ..._REPEATS how often everything runs; who begins changes
+from one round to the next, since memory that was in use a moment ago costs less. `layerwise ties`
+is our method in float32 arithmetic, its sha256 included, beside mergekit's ties. Nothing is
+asserted about time.
 """
 
 from __future__ import annotations
@@ -295,8 +296,12 @@ def made_aside(folder: Path, size: str, **options: Any) -> tuple[Path, list[Path
     """random_llamas by a process of its own, for what is forked has the memory of who forks it."""
     child = os.fork()
     if child == 0:
-        measure.random_llamas(folder, size, **options)
-        os._exit(0)
+        try:
+            measure.random_llamas(folder, size, **options)
+            os._exit(0)
+        except BaseException as error:  # or the child would go on as pytest
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     return folder / "base", sorted(folder.glob("expert*"))
 
